@@ -1,0 +1,86 @@
+//! The environment variables a step was started with, as a value that can be handed around.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// The variables a process sees. A test builds one from pairs; the binary takes its own.
+///
+/// An empty variable counts as unset throughout, because a workflow writes
+/// `${{ inputs.something }}` and gets the empty string where the input was not given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment {
+    variables: BTreeMap<String, String>,
+}
+
+impl Environment {
+    /// The variables of this process. A variable that is not Unicode is left out: none of those the
+    /// action reads may be anything else.
+    pub fn of_this_process() -> Self {
+        let unicode = |(name, value): (OsString, OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        Self {
+            variables: std::env::vars_os().filter_map(unicode).collect(),
+        }
+    }
+
+    /// The value of `name`, or `None` where it is unset or empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.variables
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+
+    /// Whether `name` is set to something.
+    pub fn has(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    /// The value of `name` as a path, or `None` where it is unset or empty.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get(name).map(PathBuf::from)
+    }
+
+    /// Sets `name` to `value`, replacing what it was.
+    pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.variables.insert(name.into(), value.into());
+    }
+
+    /// Unsets `name`.
+    pub fn remove(&mut self, name: &str) {
+        self.variables.remove(name);
+    }
+
+    /// All variables, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+}
+
+impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Environment {
+    fn from_iter<I: IntoIterator<Item = (N, V)>>(pairs: I) -> Self {
+        Self {
+            variables: pairs
+                .into_iter()
+                .map(|(name, value)| (name.into(), value.into()))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_variable_counts_as_unset() {
+        let environment = Environment::from_iter([("A", ""), ("B", "1")]);
+        assert_eq!(environment.get("A"), None);
+        assert!(!environment.has("A"));
+        assert_eq!(environment.get("B"), Some("1"));
+    }
+}

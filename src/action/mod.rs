@@ -1,0 +1,5 @@
+//! What the action does as seen from the runner: its inputs, its environment, its log commands,
+//! its set-up and its report.
+
+pub mod environment;
+pub mod workflow_command;

@@ -1,0 +1,217 @@
+//! The job's log: plain lines and the runner's workflow commands (`::warning::` and its kin).
+//!
+//! The escaping rules are those of `@actions/core` (`command.ts`): `%`, CR and LF in a message, and
+//! `:` and `,` besides in a property.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Where lines for the user go. Cheap to clone; all clones write to the same place and know the
+/// same secrets.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<Mutex<Inner>>,
+}
+
+struct Inner {
+    out: Box<dyn Write + Send>,
+    secrets: Vec<String>,
+    warnings: usize,
+    debug: bool,
+}
+
+/// What stands where a secret stood.
+const REDACTED: &str = "***";
+
+impl Log {
+    /// A log that writes to `out`. Debug lines are dropped unless `debug` is set (the runner sets
+    /// `RUNNER_DEBUG=1` when its user asks for them).
+    pub fn new(out: impl Write + Send + 'static, debug: bool) -> Self {
+        Self {
+            inner: Arc::new(Mutex::new(Inner {
+                out: Box::new(out),
+                secrets: Vec::new(),
+                warnings: 0,
+                debug,
+            })),
+        }
+    }
+
+    /// A log that keeps its lines, and a way to read them.
+    pub fn in_memory() -> (Self, LogLines) {
+        let lines = LogLines::default();
+        (Self::new(lines.clone(), true), lines)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn line(&self, prefix: &str, text: &str) {
+        let mut inner = self.lock();
+        let line = redact(&inner.secrets, &format!("{prefix}{text}"));
+        // A log that cannot be written to has nobody left to tell.
+        let _ = writeln!(inner.out, "{line}");
+        let _ = inner.out.flush();
+    }
+
+    /// A plain line.
+    pub fn info(&self, text: impl AsRef<str>) {
+        // A line of foreign text that starts like a workflow command must not become one.
+        let text = text.as_ref();
+        for line in text.split('\n') {
+            let line = line.trim_end_matches('\r');
+            let guard = if line.trim_start().starts_with("::") || line.contains("##[") {
+                "| "
+            } else {
+                ""
+            };
+            self.line(guard, line);
+        }
+    }
+
+    /// A line shown only when the user asked the runner for debug output.
+    pub fn debug(&self, text: impl AsRef<str>) {
+        if self.lock().debug {
+            self.line("::debug::", &escape_message(text.as_ref()));
+        }
+    }
+
+    /// A warning annotation.
+    pub fn warning(&self, title: &str, text: impl AsRef<str>) {
+        self.lock().warnings += 1;
+        self.annotation("warning", title, text.as_ref());
+    }
+
+    /// A notice annotation.
+    pub fn notice(&self, title: &str, text: impl AsRef<str>) {
+        self.annotation("notice", title, text.as_ref());
+    }
+
+    /// An error annotation. It does not by itself fail the step.
+    pub fn error(&self, title: &str, text: impl AsRef<str>) {
+        self.annotation("error", title, text.as_ref());
+    }
+
+    fn annotation(&self, command: &str, title: &str, text: &str) {
+        self.line(
+            &format!("::{command} title={}::", escape_property(title)),
+            &escape_message(text),
+        );
+    }
+
+    /// Asks the runner to mask `secret` from here on, and keeps it out of what this log writes.
+    /// Secrets of fewer than four characters are left alone: masking them would garble the log.
+    pub fn mask(&self, secret: &str) {
+        let mut inner = self.lock();
+        if secret.len() < 4 || inner.secrets.iter().any(|known| known == secret) {
+            return;
+        }
+        let _ = writeln!(inner.out, "::add-mask::{}", escape_message(secret));
+        let _ = inner.out.flush();
+        inner.secrets.push(secret.to_owned());
+        // A secret that holds another must be replaced first.
+        inner
+            .secrets
+            .sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    }
+
+    /// `text` with every masked secret replaced.
+    pub fn redact(&self, text: &str) -> String {
+        redact(&self.lock().secrets, text)
+    }
+
+    /// Writes `lines` as a group that the runner shows folded.
+    pub fn group(&self, title: &str, lines: impl AsRef<str>) {
+        self.line("::group::", &escape_message(title));
+        self.info(lines);
+        self.line("::endgroup::", "");
+    }
+
+    /// How many warnings were written.
+    pub fn warnings(&self) -> usize {
+        self.lock().warnings
+    }
+}
+
+fn redact(secrets: &[String], text: &str) -> String {
+    secrets.iter().fold(text.to_owned(), |text, secret| {
+        text.replace(secret.as_str(), REDACTED)
+    })
+}
+
+fn escape_message(text: &str) -> String {
+    text.replace('%', "%25")
+        .replace('\r', "%0D")
+        .replace('\n', "%0A")
+}
+
+fn escape_property(text: &str) -> String {
+    escape_message(text).replace(':', "%3A").replace(',', "%2C")
+}
+
+/// The lines that a [`Log::in_memory`] holds.
+#[derive(Clone, Default)]
+pub struct LogLines {
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+impl LogLines {
+    /// All that was written so far.
+    pub fn text(&self) -> String {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+impl Write for LogLines {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        bytes.extend_from_slice(buffer);
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_replaced_in_every_kind_of_line() {
+        let (log, lines) = Log::in_memory();
+        log.mask("hunter22");
+        log.info("a hunter22 b");
+        log.debug("hunter22");
+        log.warning("hunter22", "hunter22");
+        log.group("hunter22", "x hunter22");
+        let shown = lines.text();
+        let after_mask = shown.split_once('\n').map(|(_, rest)| rest);
+        assert_eq!(shown.matches("hunter22").count(), 1, "{shown}");
+        assert_eq!(after_mask.map(|rest| rest.matches("***").count()), Some(6));
+    }
+
+    #[test]
+    fn a_message_of_many_lines_stays_one_command() {
+        let (log, lines) = Log::in_memory();
+        log.warning("a,b:c", "one\r\ntwo 100%");
+        assert_eq!(
+            lines.text(),
+            "::warning title=a%2Cb%3Ac::one%0D%0Atwo 100%25\n"
+        );
+        assert_eq!(log.warnings(), 1);
+    }
+
+    #[test]
+    fn foreign_text_cannot_speak_to_the_runner() {
+        let (log, lines) = Log::in_memory();
+        log.info("::set-output name=x::y\n  ::add-mask::a\n##[error]no");
+        assert_eq!(
+            lines.text(),
+            "| ::set-output name=x::y\n|   ::add-mask::a\n| ##[error]no\n"
+        );
+    }
+}

@@ -1,0 +1,1 @@
+//! GitHub's own APIs, as a client.

@@ -1,0 +1,1 @@
+//! Getting an sccache binary: choosing its version, and fetching, checking and keeping it.

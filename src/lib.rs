@@ -1,0 +1,12 @@
+//! The parts of the `sccache-action` binary.
+//!
+//! The pure core (version choice, archive checks, statistics, summaries, wire formats) is made of
+//! functions of values. The edges (network, processes, files, the runner's environment) are handed
+//! in, so that every part can be driven by a test.
+
+pub mod action;
+pub mod github;
+pub mod http_client;
+pub mod install;
+pub mod sccache;
+pub mod service;

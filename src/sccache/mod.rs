@@ -1,0 +1,1 @@
+//! Speaking to an installed sccache: its server and its statistics.
