@@ -10,3 +10,4 @@ pub mod http_client;
 pub mod install;
 pub mod sccache;
 pub mod service;
+pub mod wrapper;

@@ -1,1 +1,4 @@
 //! Speaking to an installed sccache: its server and its statistics.
+
+pub mod server;
+pub mod state;

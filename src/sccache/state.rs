@@ -1,0 +1,158 @@
+//! What a set-up leaves on disk for the wrapper and for the report: one folder per set-up, under
+//! the runner's temporary folder. Others may read it, since a build may run as another user and
+//! must still find its wrapper; only the log, which sccache fills, is closed to them.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// One set-up's folder.
+///
+/// ```text
+/// bin/sccache     the wrapper
+/// sccache-path    the path of the real sccache
+/// uncached        a line per compile that ran without sccache, with the reason
+/// log/sccache.log what the sccache server writes to its log
+/// probe/          the probe compile's source and output
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDir {
+    root: PathBuf,
+}
+
+impl StateDir {
+    /// Makes a new folder under `parent`.
+    ///
+    /// # Errors
+    /// Where the folder or the file in it cannot be written.
+    pub fn create(parent: &Path, sccache: &Path) -> io::Result<Self> {
+        fs::create_dir_all(parent)?;
+        let root = tempfile::Builder::new()
+            .prefix("sccache-action-")
+            .tempdir_in(parent)?
+            .keep();
+        let state = Self { root };
+        let log = state.root.join("log");
+        fs::create_dir(&log)?;
+        set_mode(&log, 0o700)?;
+        set_mode(&state.root, 0o755)?;
+        fs::write(state.sccache_path(), sccache.as_os_str().as_encoded_bytes())?;
+        Ok(state)
+    }
+
+    /// The folder that an earlier [`StateDir::create`] made.
+    pub fn at(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The folder that holds `wrapper`, the path of a file `bin/sccache`.
+    pub fn of_wrapper(wrapper: &Path) -> Option<Self> {
+        let root = wrapper.parent()?.parent()?.to_owned();
+        Some(Self { root })
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The path of the wrapper.
+    pub fn wrapper(&self) -> PathBuf {
+        self.root
+            .join("bin")
+            .join(format!("sccache{}", std::env::consts::EXE_SUFFIX))
+    }
+
+    fn sccache_path(&self) -> PathBuf {
+        self.root.join("sccache-path")
+    }
+
+    /// The path of the real sccache.
+    ///
+    /// # Errors
+    /// Where the file that names it cannot be read.
+    pub fn sccache(&self) -> io::Result<PathBuf> {
+        fs::read_to_string(self.sccache_path()).map(PathBuf::from)
+    }
+
+    /// Where the sccache server writes its log.
+    pub fn server_log(&self) -> PathBuf {
+        self.root.join("log").join("sccache.log")
+    }
+
+    /// The folder of the probe compile.
+    pub fn probe(&self) -> PathBuf {
+        self.root.join("probe")
+    }
+
+    fn uncached(&self) -> PathBuf {
+        self.root.join("uncached")
+    }
+
+    /// Notes that a compile ran without sccache, and why. A note that cannot be written is let go:
+    /// the compile matters more.
+    pub fn note_uncached(&self, why: &str) {
+        let line = format!("{}\n", why.replace(['\n', '\r'], " "));
+        // One write to a file opened for appending: concurrent compiles do not mix their lines.
+        let _ = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.uncached())
+            .and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+
+    /// How many compiles ran without sccache.
+    pub fn uncached_compiles(&self) -> usize {
+        fs::read(self.uncached())
+            .map_or(0, |text| text.iter().filter(|byte| **byte == b'\n').count())
+    }
+
+    /// Why the first compile that ran without sccache did, or `None` where none did.
+    pub fn first_uncached_reason(&self) -> Option<String> {
+        let text = fs::read(self.uncached()).ok()?;
+        let text = String::from_utf8_lossy(&text);
+        text.lines().next().map(str::to_owned)
+    }
+}
+
+#[cfg(unix)]
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}
+
+#[cfg(not(unix))]
+fn set_mode(_path: &Path, _mode: u32) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_folder_remembers_sccache_and_what_ran_uncached() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::create(parent.path(), Path::new("/x/sccache")).unwrap();
+        assert_eq!(state.sccache().unwrap(), Path::new("/x/sccache"));
+        assert_eq!(state.uncached_compiles(), 0);
+        assert_eq!(state.first_uncached_reason(), None);
+        state.note_uncached("one\ntwo");
+        state.note_uncached("three");
+        assert_eq!(state.uncached_compiles(), 2);
+        assert_eq!(state.first_uncached_reason().as_deref(), Some("one two"));
+        let found = StateDir::of_wrapper(&state.wrapper()).unwrap();
+        assert_eq!(found, state);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn other_users_reach_the_wrapper_and_not_the_log() {
+        use std::os::unix::fs::PermissionsExt;
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::create(parent.path(), Path::new("/x/sccache")).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(state.root()), 0o755);
+        assert_eq!(mode(state.server_log().parent().unwrap()), 0o700);
+    }
+}

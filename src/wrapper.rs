@@ -1,0 +1,235 @@
+//! The `sccache` that a job's builds call: the real one, with a way out.
+//!
+//! When its server is gone, sccache's client starts another from the environment of the build, and
+//! where that one cannot reach its storage the client exits with status 2 and the compile is lost:
+//! a cache that turned a green build red. So `RUSTC_WRAPPER` and the compiler launchers name this
+//! program instead. It is the action's own binary under the name `sccache` (build scripts that use
+//! the `cc` crate take a wrapper for C only under that name), runs the real sccache, and where
+//! sccache itself fails runs the compiler as if there were no cache. What ran uncached is noted in
+//! a file, so that the summary can say it.
+//!
+//! It writes nothing to standard error on its own: configure scripts read compilers' diagnostics.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+
+use crate::sccache::state::StateDir;
+
+/// The status sccache's client exits with for failures of its own (`src/main.rs` of sccache).
+const SCCACHE_FAILED: i32 = 2;
+
+/// How every failure of sccache's own begins on standard error (`sccache: error: …`, `sccache:
+/// encountered fatal error`, `sccache: caused by: …`).
+const SCCACHE_SPEAKS: &str = "sccache: ";
+
+/// How many failures of sccache are tolerated before the compiles stop asking it. A failed server
+/// start can take seconds, and a build has thousands of compiles.
+const FAILURES_BEFORE_GIVING_UP: usize = 3;
+
+/// Whether a program called `argv0` is to act as the wrapper.
+pub fn is_wrapper(argv0: &OsStr) -> bool {
+    Path::new(argv0).file_stem() == Some(OsStr::new("sccache"))
+}
+
+/// Runs the wrapper with the arguments that follow its name. `program` is the path of this very
+/// file: the state of its set-up lies beside its folder.
+///
+/// Returns only where the platform cannot replace the process.
+pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
+    let Some(state) = StateDir::of_wrapper(program) else {
+        return own_failure("it is not where its set-up put it");
+    };
+    let real = match state.sccache() {
+        Ok(real) => real,
+        Err(error) => return own_failure(&format!("its state cannot be read: {error}")),
+    };
+    let Some((compiler, compiler_arguments)) = compile_of(arguments) else {
+        // `sccache --show-stats` and its kin: nothing to fall back to.
+        return replace(&real, arguments);
+    };
+    if state.uncached_compiles() >= FAILURES_BEFORE_GIVING_UP {
+        state.note_uncached("sccache had failed before");
+        return replace(compiler, compiler_arguments);
+    }
+    match sccache(&real, arguments) {
+        Outcome::Done(code) => code,
+        Outcome::SccacheFailed(why) => {
+            state.note_uncached(&why);
+            replace(compiler, compiler_arguments)
+        }
+    }
+}
+
+/// The compiler and its arguments, or `None` where the call is one to sccache itself.
+fn compile_of(arguments: &[OsString]) -> Option<(&Path, &[OsString])> {
+    let (first, rest) = arguments.split_first()?;
+    let is_option = first.as_encoded_bytes().starts_with(b"-");
+    (!is_option && !first.is_empty()).then(|| (Path::new(first), rest))
+}
+
+enum Outcome {
+    /// The compile ran; this is the compiler's verdict.
+    Done(ExitCode),
+    /// sccache failed, not the compile.
+    SccacheFailed(String),
+}
+
+/// Runs sccache to its end. Its standard error is held back until the outcome is known; nothing is
+/// delayed by that, since sccache prints a compiler's output only when the compiler has finished.
+fn sccache(real: &Path, arguments: &[OsString]) -> Outcome {
+    let spawned = Command::new(real)
+        .args(arguments)
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = match spawned {
+        Ok(child) => child,
+        Err(error) => {
+            return Outcome::SccacheFailed(format!("{} did not start: {error}", real.display()));
+        }
+    };
+    let (stderr, status) = match outcome_of(&mut child) {
+        Ok(outcome) => outcome,
+        Err(error) => return Outcome::SccacheFailed(format!("it was lost: {error}")),
+    };
+    if let Some(why) = failure_of_sccache(status, &stderr) {
+        return Outcome::SccacheFailed(why);
+    }
+    // Where standard error is closed there is nobody to tell.
+    let _ = io::stderr().write_all(&stderr);
+    Outcome::Done(exit_code(status))
+}
+
+fn outcome_of(child: &mut Child) -> io::Result<(Vec<u8>, ExitStatus)> {
+    let mut stderr = Vec::new();
+    if let Some(pipe) = child.stderr.as_mut() {
+        pipe.read_to_end(&mut stderr)?;
+    }
+    Ok((stderr, child.wait()?))
+}
+
+/// Why sccache failed, or `None` where the outcome is the compiler's.
+///
+/// Status 2 alone does not tell: some compilers use it too. sccache's failures are told by what it
+/// prints about itself. A client that was killed gave no verdict at all.
+fn failure_of_sccache(status: ExitStatus, stderr: &[u8]) -> Option<String> {
+    match status.code() {
+        Some(SCCACHE_FAILED) => {
+            let text = String::from_utf8_lossy(stderr);
+            text.lines()
+                .find_map(|line| line.strip_prefix(SCCACHE_SPEAKS))
+                .map(str::to_owned)
+        }
+        Some(_) => None,
+        None => Some(format!("its client was killed ({status})")),
+    }
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status
+        .code()
+        .map_or(1, |code| u8::try_from(code & 0xff).unwrap_or(1));
+    match status.code() {
+        // A status that is a multiple of 256 (Windows has 32 bits) must not look like success.
+        Some(full) if full != 0 && code == 0 => ExitCode::FAILURE,
+        _ => ExitCode::from(code),
+    }
+}
+
+/// Becomes `program`, or where the platform has no such call runs it and hands on its status.
+fn replace(program: &Path, arguments: &[OsString]) -> ExitCode {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        let error = command.exec();
+        cannot_run(program, &error)
+    }
+    #[cfg(not(unix))]
+    match command.status() {
+        Ok(status) => exit_code(status),
+        Err(error) => cannot_run(program, &error),
+    }
+}
+
+fn cannot_run(program: &Path, error: &io::Error) -> ExitCode {
+    // The words and status a shell has for it.
+    let _ = writeln!(io::stderr(), "{}: {error}", program.display());
+    ExitCode::from(127)
+}
+
+fn own_failure(why: &str) -> ExitCode {
+    let _ = writeln!(
+        io::stderr(),
+        "sccache (the wrapper of sccache-action): {why}"
+    );
+    ExitCode::from(127)
+}
+
+/// Puts the wrapper into `state`: `program`, the action's binary, under the name `sccache`.
+///
+/// # Errors
+/// Where the file can neither be linked nor copied there.
+pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
+    let wrapper = state.wrapper();
+    if let Some(folder) = wrapper.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    // A link costs nothing; across file systems it takes a copy. A symbolic link would not do: the
+    // wrapper finds its state by where its file is.
+    if fs::hard_link(program, &wrapper).is_err() {
+        fs::copy(program, &wrapper)?;
+    }
+    Ok(wrapper)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(words: &[&str]) -> Vec<OsString> {
+        words.iter().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn only_a_program_called_sccache_is_the_wrapper() {
+        for name in ["sccache", "/a/b/sccache", "sccache.exe"] {
+            assert!(is_wrapper(OsStr::new(name)), "{name}");
+        }
+        for name in ["sccache-action", "/a/sccache/x", "sccache-dist"] {
+            assert!(!is_wrapper(OsStr::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_compile_is_told_from_a_call_to_sccache_itself() {
+        let compile = words(&["gcc", "-c", "a.c"]);
+        let (compiler, rest) = compile_of(&compile).expect("a compile");
+        assert_eq!(compiler, Path::new("gcc"));
+        assert_eq!(rest, &compile[1..]);
+        assert!(compile_of(&words(&["--show-stats"])).is_none());
+        assert!(compile_of(&words(&["-s"])).is_none());
+        assert!(compile_of(&[]).is_none());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_compilers_status_2_is_its_own_and_sccaches_is_not() {
+        use std::os::unix::process::ExitStatusExt;
+        let exited = |code: i32| ExitStatus::from_raw(code << 8);
+        assert_eq!(failure_of_sccache(exited(2), b"a.cu(3): error"), None);
+        assert_eq!(failure_of_sccache(exited(1), b"sccache: error: x"), None);
+        assert_eq!(
+            failure_of_sccache(
+                exited(2),
+                b"noise\nsccache: error: Server startup failed\nmore"
+            ),
+            Some("error: Server startup failed".to_owned())
+        );
+        let killed = ExitStatus::from_raw(9);
+        assert!(failure_of_sccache(killed, b"").is_some());
+    }
+}
