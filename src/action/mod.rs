@@ -2,4 +2,6 @@
 //! its set-up and its report.
 
 pub mod environment;
+pub mod mode;
+pub mod runner_files;
 pub mod workflow_command;

@@ -1,0 +1,432 @@
+//! Where sccache keeps its objects in this job, and what its server is told about that.
+
+use std::fmt;
+
+use serde::Deserialize;
+
+use crate::action::environment::Environment;
+
+/// Where sccache keeps its objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// In GitHub's cache service (or one that speaks like it), one cache entry per object.
+    Direct,
+    /// On this machine's disk.
+    Local,
+    /// Where sccache's own settings say: a bucket, Redis, WebDAV and so on.
+    External,
+}
+
+impl Mode {
+    /// The modes by the names that the `mode` input takes.
+    pub const NAMES: [(&'static str, Self); 3] = [
+        ("direct", Self::Direct),
+        ("local", Self::Local),
+        ("external", Self::External),
+    ];
+
+    /// The mode called `name`.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES
+            .into_iter()
+            .find_map(|(known, mode)| (known == name).then_some(mode))
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::NAMES
+            .into_iter()
+            .find_map(|(name, mode)| (mode == *self).then_some(name));
+        formatter.write_str(name.unwrap_or_default())
+    }
+}
+
+/// The variables that name a storage of the user's own (`src/config.rs` of sccache). Each is enough
+/// to make sccache use it.
+const EXTERNAL_STORAGE: [&str; 13] = [
+    "SCCACHE_AZURE_CONNECTION_STRING",
+    "SCCACHE_BUCKET",
+    "SCCACHE_CONF",
+    "SCCACHE_COS_BUCKET",
+    "SCCACHE_GCS_BUCKET",
+    "SCCACHE_MEMCACHED",
+    "SCCACHE_MEMCACHED_ENDPOINT",
+    "SCCACHE_MULTILEVEL_CHAIN",
+    "SCCACHE_OSS_BUCKET",
+    "SCCACHE_REDIS",
+    "SCCACHE_REDIS_CLUSTER_ENDPOINTS",
+    "SCCACHE_REDIS_ENDPOINT",
+    "SCCACHE_WEBDAV_ENDPOINT",
+];
+
+/// A mode, and what the user should hear about the choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The mode to try.
+    pub mode: Mode,
+    /// Why it is not the one that was asked for.
+    pub warning: Option<String>,
+}
+
+/// The mode of this job: the one asked for, else what the environment says.
+pub fn choose(requested: Option<Mode>, environment: &Environment) -> Choice {
+    let wanted = requested.unwrap_or_else(|| by_environment(environment));
+    if wanted == Mode::Direct && !has_cache_service(environment) {
+        return Choice {
+            mode: Mode::Local,
+            warning: Some(
+                "The runner gave this step no cache service (ACTIONS_RESULTS_URL, ACTIONS_CACHE_URL \
+                 and ACTIONS_RUNTIME_TOKEN), so objects are kept on this machine's disk only."
+                    .to_owned(),
+            ),
+        };
+    }
+    Choice {
+        mode: wanted,
+        warning: None,
+    }
+}
+
+fn by_environment(environment: &Environment) -> Mode {
+    if EXTERNAL_STORAGE.iter().any(|name| environment.has(name)) {
+        return Mode::External;
+    }
+    match environment.get("SCCACHE_GHA_ENABLED") {
+        // What the user has switched off stays off.
+        Some(value) if !is_on(value) => Mode::Local,
+        _ => Mode::Direct,
+    }
+}
+
+/// How sccache reads a switch (`bool_from_env_var` in its `src/config.rs`).
+fn is_on(value: &str) -> bool {
+    matches!(value.to_lowercase().as_str(), "true" | "on" | "1")
+}
+
+fn has_cache_service(environment: &Environment) -> bool {
+    environment.has("ACTIONS_RUNTIME_TOKEN")
+        && (environment.has("ACTIONS_RESULTS_URL") || environment.has("ACTIONS_CACHE_URL"))
+}
+
+/// The first sccache that can be told not to write to GitHub's cache.
+pub const READ_ONLY_SINCE: semver::Version = semver::Version::new(0, 16, 0);
+
+/// Whether the job's token may only read the cache. GitHub gives such tokens to triggers that it
+/// does not trust; every write would be refused, and be counted as an error.
+pub fn token_is_read_only(environment: &Environment) -> bool {
+    match environment.get("ACTIONS_CACHE_MODE") {
+        Some("read") => return true,
+        Some(_) => return false,
+        None => {}
+    }
+    environment
+        .get("ACTIONS_RUNTIME_TOKEN")
+        .and_then(access_of_token)
+        .is_some_and(|scopes| {
+            !scopes.is_empty() && scopes.iter().all(|scope| scope.permission & MAY_WRITE == 0)
+        })
+}
+
+/// The bit of a scope's permission that allows writing.
+const MAY_WRITE: u64 = 2;
+
+#[derive(Deserialize)]
+struct CacheScope {
+    #[serde(rename = "Permission", alias = "permission")]
+    permission: u64,
+}
+
+/// The cache scopes that a runtime token names in its claim `ac`, a JSON list inside a string.
+/// `None` where the token is of another form; its signature is GitHub's to check.
+fn access_of_token(token: &str) -> Option<Vec<CacheScope>> {
+    #[derive(Deserialize)]
+    struct Claims {
+        ac: String,
+    }
+    let claims = token.split('.').nth(1)?;
+    let claims: Claims = serde_json::from_slice(&base64url(claims)?).ok()?;
+    serde_json::from_str(&claims.ac).ok()
+}
+
+fn base64url(text: &str) -> Option<Vec<u8>> {
+    use base64::Engine;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    URL_SAFE_NO_PAD.decode(text.trim_end_matches('=')).ok()
+}
+
+/// What the sccache server is started with besides what every server gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Storage<'a> {
+    /// Where objects are kept.
+    pub mode: Mode,
+    /// The user's namespace: objects of another are not seen.
+    pub namespace: Option<&'a str>,
+    /// Whether objects are only read.
+    pub read_only: bool,
+}
+
+/// The environment of the sccache server: the step's own, without what only the runner and this
+/// action should see, and with what `storage` needs.
+///
+/// The server compiles with the environment that each client sends along, so nothing is missed by
+/// what is taken out here.
+pub fn server_environment(environment: &Environment, storage: &Storage<'_>) -> Environment {
+    let mut server: Environment = environment
+        .iter()
+        .filter(|(name, _)| !is_the_runners(name))
+        .collect();
+    server.remove("SCCACHE_GHA_ENABLED");
+    if storage.mode != Mode::External {
+        for name in EXTERNAL_STORAGE {
+            server.remove(name);
+        }
+    }
+    if storage.mode == Mode::Direct || chain_has_githubs_cache(environment, storage.mode) {
+        use_githubs_cache(&mut server, environment, storage);
+    }
+    if storage.mode == Mode::Local && storage.read_only {
+        server.set("SCCACHE_LOCAL_RW_MODE", "READ_ONLY");
+    }
+    if !server.has("SCCACHE_IDLE_TIMEOUT") {
+        server.set("SCCACHE_IDLE_TIMEOUT", "0");
+    }
+    server
+}
+
+/// Variables that are between the runner and a step: its inputs, its files, its tokens.
+fn is_the_runners(name: &str) -> bool {
+    const FILES_AND_TOKENS: [&str; 12] = [
+        "ACTIONS_CACHE_URL",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+        "ACTIONS_ID_TOKEN_REQUEST_URL",
+        "ACTIONS_RESULTS_URL",
+        "ACTIONS_RUNTIME_TOKEN",
+        "GH_TOKEN",
+        "GITHUB_ENV",
+        "GITHUB_OUTPUT",
+        "GITHUB_PATH",
+        "GITHUB_STATE",
+        "GITHUB_STEP_SUMMARY",
+        "GITHUB_TOKEN",
+    ];
+    name.starts_with("INPUT_") || name.starts_with("STATE_") || FILES_AND_TOKENS.contains(&name)
+}
+
+/// Whether the user's own chain of storages (sccache 0.15 and newer) has GitHub's cache in it.
+fn chain_has_githubs_cache(environment: &Environment, mode: Mode) -> bool {
+    mode == Mode::External
+        && environment
+            .get("SCCACHE_MULTILEVEL_CHAIN")
+            .is_some_and(|chain| chain.split(',').any(|level| level.trim() == "gha"))
+}
+
+fn use_githubs_cache(server: &mut Environment, environment: &Environment, storage: &Storage<'_>) {
+    for name in [
+        "ACTIONS_CACHE_URL",
+        "ACTIONS_RESULTS_URL",
+        "ACTIONS_RUNTIME_TOKEN",
+    ] {
+        if let Some(value) = environment.get(name) {
+            // The clients append paths to it as they are.
+            let slash = if name.ends_with("_URL") && !value.ends_with('/') {
+                "/"
+            } else {
+                ""
+            };
+            server.set(name, format!("{value}{slash}"));
+        }
+    }
+    server.set("SCCACHE_GHA_ENABLED", "on");
+    // The runner sets it for the toolkit's client only where the service is there. `act` imitates
+    // github.com with a service of the first version, which it tells by naming no other URL.
+    if environment.has("ACTIONS_RESULTS_URL") && !environment.has("ACT") {
+        server.set("ACTIONS_CACHE_SERVICE_V2", "on");
+    }
+    if let Some(namespace) = storage.namespace {
+        server.set("SCCACHE_GHA_VERSION", namespace);
+    }
+    if storage.read_only {
+        server.set("SCCACHE_GHA_RW_MODE", "READ_ONLY");
+    }
+    if service_is_on_loopback(environment) {
+        let others = environment.get("NO_PROXY").or(environment.get("no_proxy"));
+        let loopback = "127.0.0.1,localhost";
+        let list = others.map_or_else(
+            || loopback.to_owned(),
+            |others| format!("{others},{loopback}"),
+        );
+        server.set("NO_PROXY", list.clone());
+        server.set("no_proxy", list);
+    }
+}
+
+fn service_is_on_loopback(environment: &Environment) -> bool {
+    ["ACTIONS_RESULTS_URL", "ACTIONS_CACHE_URL"]
+        .iter()
+        .filter_map(|name| url::Url::parse(environment.get(name)?).ok())
+        .any(|url| match url.host() {
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            Some(url::Host::Domain(name)) => name == "localhost",
+            None => false,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn github() -> Environment {
+        Environment::from_iter([
+            ("ACTIONS_RESULTS_URL", "https://results.example/x"),
+            ("ACTIONS_RUNTIME_TOKEN", "token"),
+            ("INPUT_TOKEN", "secret"),
+            ("GITHUB_ENV", "/f"),
+            ("GITHUB_TOKEN", "secret"),
+            ("PATH", "/bin"),
+        ])
+    }
+
+    fn with(mut environment: Environment, name: &str, value: &str) -> Environment {
+        environment.set(name, value);
+        environment
+    }
+
+    fn storage(mode: Mode) -> Storage<'static> {
+        Storage {
+            mode,
+            namespace: None,
+            read_only: false,
+        }
+    }
+
+    #[test]
+    fn a_storage_of_the_users_own_chooses_itself() {
+        for name in EXTERNAL_STORAGE {
+            let choice = choose(None, &with(github(), name, "x"));
+            assert_eq!(choice.mode, Mode::External, "{name}");
+        }
+        assert_eq!(choose(None, &github()).mode, Mode::Direct);
+    }
+
+    #[test]
+    fn what_the_user_switched_off_stays_off() {
+        for off in ["false", "off", "0", "no"] {
+            let environment = with(github(), "SCCACHE_GHA_ENABLED", off);
+            assert_eq!(choose(None, &environment).mode, Mode::Local, "{off}");
+        }
+        let environment = with(github(), "SCCACHE_GHA_ENABLED", "true");
+        assert_eq!(choose(None, &environment).mode, Mode::Direct);
+    }
+
+    #[test]
+    fn without_a_cache_service_objects_stay_on_this_machine_and_the_user_hears_it() {
+        for requested in [None, Some(Mode::Direct)] {
+            let choice = choose(requested, &Environment::default());
+            assert_eq!(choice.mode, Mode::Local);
+            assert!(choice.warning.is_some());
+        }
+        let choice = choose(Some(Mode::Local), &Environment::default());
+        assert_eq!(choice.warning, None);
+    }
+
+    #[test]
+    fn the_server_sees_no_input_no_file_and_no_token_but_the_one_it_needs() {
+        for (mode, token) in [(Mode::Direct, Some("token")), (Mode::Local, None)] {
+            let server = server_environment(&github(), &storage(mode));
+            assert_eq!(server.get("ACTIONS_RUNTIME_TOKEN"), token, "{mode}");
+            for name in ["INPUT_TOKEN", "GITHUB_ENV", "GITHUB_TOKEN"] {
+                assert!(!server.has(name), "{mode} {name}");
+            }
+            assert_eq!(server.get("PATH"), Some("/bin"));
+            assert_eq!(server.get("SCCACHE_IDLE_TIMEOUT"), Some("0"));
+        }
+    }
+
+    #[test]
+    fn a_service_url_ends_in_a_slash() {
+        let server = server_environment(&github(), &storage(Mode::Direct));
+        assert_eq!(
+            server.get("ACTIONS_RESULTS_URL"),
+            Some("https://results.example/x/")
+        );
+        assert_eq!(server.get("NO_PROXY"), None);
+    }
+
+    #[test]
+    fn a_service_on_loopback_is_not_asked_through_a_proxy() {
+        let environment = with(github(), "ACTIONS_RESULTS_URL", "http://127.0.0.1:9/");
+        let environment = with(environment, "no_proxy", "corp.example");
+        let server = server_environment(&environment, &storage(Mode::Direct));
+        assert_eq!(
+            server.get("NO_PROXY"),
+            Some("corp.example,127.0.0.1,localhost")
+        );
+    }
+
+    #[test]
+    fn an_explicit_mode_wins_over_a_storage_in_the_environment() {
+        let environment = with(github(), "SCCACHE_BUCKET", "b");
+        let server = server_environment(&environment, &storage(Mode::Direct));
+        assert!(!server.has("SCCACHE_BUCKET"));
+        let server = server_environment(&environment, &storage(Mode::External));
+        assert!(server.has("SCCACHE_BUCKET"));
+        assert!(!server.has("SCCACHE_GHA_ENABLED"));
+    }
+
+    #[test]
+    fn a_chain_with_githubs_cache_in_it_gets_what_that_needs() {
+        let environment = with(github(), "SCCACHE_MULTILEVEL_CHAIN", "disk, gha");
+        assert_eq!(choose(None, &environment).mode, Mode::External);
+        let server = server_environment(&environment, &storage(Mode::External));
+        assert_eq!(server.get("ACTIONS_RUNTIME_TOKEN"), Some("token"));
+        assert!(server.has("SCCACHE_MULTILEVEL_CHAIN"));
+        let environment = with(github(), "SCCACHE_MULTILEVEL_CHAIN", "disk,s3");
+        let server = server_environment(&environment, &storage(Mode::External));
+        assert!(!server.has("ACTIONS_RUNTIME_TOKEN"));
+    }
+
+    /// A token as the runner gets it, with the claim `ac` given.
+    fn token(ac: &str) -> Environment {
+        use base64::Engine;
+        let claims = serde_json::json!({ "ac": ac }).to_string();
+        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(claims);
+        Environment::from_iter([("ACTIONS_RUNTIME_TOKEN", format!("e30.{claims}.x"))])
+    }
+
+    #[test]
+    fn a_token_without_a_writable_scope_is_read_only() {
+        let read = r#"[{"Scope":"refs/heads/main","Permission":1}]"#;
+        let both = r#"[{"Scope":"refs/pull/1/merge","Permission":3},{"Scope":"refs/heads/main","Permission":1}]"#;
+        assert!(token_is_read_only(&token(read)));
+        assert!(!token_is_read_only(&token(both)));
+        assert!(!token_is_read_only(&token("[]")));
+        assert!(!token_is_read_only(&token("nonsense")));
+        assert!(!token_is_read_only(&Environment::from_iter([(
+            "ACTIONS_RUNTIME_TOKEN",
+            "opaque"
+        )])));
+    }
+
+    #[test]
+    fn the_runners_word_on_the_mode_wins_over_the_token() {
+        let read = r#"[{"Scope":"refs/heads/main","Permission":1}]"#;
+        let environment = with(token(read), "ACTIONS_CACHE_MODE", "write");
+        assert!(!token_is_read_only(&environment));
+        let environment = Environment::from_iter([("ACTIONS_CACHE_MODE", "read")]);
+        assert!(token_is_read_only(&environment));
+    }
+
+    #[test]
+    fn read_only_and_a_namespace_reach_the_server() {
+        let storage = Storage {
+            mode: Mode::Direct,
+            namespace: Some("nightly"),
+            read_only: true,
+        };
+        let server = server_environment(&github(), &storage);
+        assert_eq!(server.get("SCCACHE_GHA_VERSION"), Some("nightly"));
+        assert_eq!(server.get("SCCACHE_GHA_RW_MODE"), Some("READ_ONLY"));
+    }
+}
