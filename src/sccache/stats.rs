@@ -1,0 +1,519 @@
+//! The statistics that `sccache --show-stats --stats-format json` prints.
+//!
+//! Versions differ: 0.4.0-pre.6 (Debian's) names no version, 0.7 added counts by compiler, 0.9 the
+//! number of compilations, 0.14 the base directories. What a version does not have is `None` here
+//! rather than 0, and what this reader does not know is left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+/// All that sccache says of itself and its cache.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+pub struct Stats {
+    #[serde(rename = "stats")]
+    counts: Counts,
+    /// Where objects are kept, in sccache's words.
+    #[serde(default)]
+    pub cache_location: Option<String>,
+    /// What the cache holds, in bytes; local disk only.
+    #[serde(default)]
+    pub cache_size: Option<u64>,
+    /// What the cache may hold, in bytes; local disk only.
+    #[serde(default)]
+    pub max_cache_size: Option<u64>,
+    /// The version of the client that printed this (0.4.0 and newer).
+    #[serde(default)]
+    pub version: Option<String>,
+}
+
+/// The counters. Each counts since the server started or since they were set to zero.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+struct Counts {
+    compile_requests: u64,
+    requests_executed: u64,
+    #[serde(default)]
+    requests_unsupported_compiler: u64,
+    #[serde(default)]
+    requests_not_compile: u64,
+    #[serde(default)]
+    requests_not_cacheable: u64,
+    #[serde(default)]
+    cache_errors: PerLanguage,
+    #[serde(default)]
+    cache_hits: PerLanguage,
+    #[serde(default)]
+    cache_misses: PerLanguage,
+    #[serde(default)]
+    cache_timeouts: u64,
+    #[serde(default)]
+    cache_read_errors: u64,
+    #[serde(default)]
+    cache_write_errors: u64,
+    #[serde(default)]
+    cache_writes: u64,
+    #[serde(default)]
+    cache_write_duration: Elapsed,
+    #[serde(default)]
+    cache_read_hit_duration: Elapsed,
+    #[serde(default)]
+    compiler_write_duration: Elapsed,
+    #[serde(default)]
+    compilations: Option<u64>,
+    #[serde(default)]
+    compile_fails: u64,
+    #[serde(default)]
+    forced_recaches: u64,
+    #[serde(default)]
+    non_cacheable_compilations: u64,
+    #[serde(default)]
+    not_cached: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+struct PerLanguage {
+    #[serde(default)]
+    counts: BTreeMap<String, u64>,
+}
+
+impl PerLanguage {
+    fn total(&self) -> u64 {
+        self.counts
+            .values()
+            .fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    fn of(&self, language: &str) -> u64 {
+        self.counts.get(language).copied().unwrap_or(0)
+    }
+}
+
+/// serde's form of a [`Duration`], but one that does not fail on nanoseconds that overflow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Elapsed(Duration);
+
+impl<'de> Deserialize<'de> for Elapsed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Parts {
+            secs: u64,
+            nanos: u32,
+        }
+        let parts = Parts::deserialize(deserializer)?;
+        let seconds = Duration::from_secs(parts.secs);
+        let total = seconds.saturating_add(Duration::from_nanos(u64::from(parts.nanos)));
+        Ok(Self(total))
+    }
+}
+
+/// Text that is not statistics.
+#[derive(Debug, thiserror::Error)]
+#[error("sccache's statistics cannot be read: {0}")]
+pub struct StatsError(#[from] serde_json::Error);
+
+/// What the cache did for one language.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LanguageRow<'a> {
+    /// The language in sccache's words: `C/C++`, `Rust`, `CUDA`, `Assembler`.
+    pub language: &'a str,
+    /// Compiles answered from the cache.
+    pub hits: u64,
+    /// Compiles that were not in the cache.
+    pub misses: u64,
+    /// Compiles lost to an error of sccache's.
+    pub errors: u64,
+}
+
+impl LanguageRow<'_> {
+    /// Hits, misses and errors.
+    pub fn total(&self) -> u64 {
+        self.hits
+            .saturating_add(self.misses)
+            .saturating_add(self.errors)
+    }
+
+    /// See [`Stats::hit_rate`].
+    pub fn hit_rate(&self) -> Option<f64> {
+        ratio(self.hits, self.total())
+    }
+}
+
+/// The time that one of something took, on average.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeanTimes {
+    /// Reading an object from the cache.
+    pub read: Option<Duration>,
+    /// Writing one to it.
+    pub write: Option<Duration>,
+    /// Compiling what was not in it.
+    pub compile: Option<Duration>,
+}
+
+/// Something that went wrong, and how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ErrorCount {
+    /// What, in words.
+    pub what: &'static str,
+    /// How often.
+    pub count: u64,
+}
+
+/// Why calls were not cacheable, and how often.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason<'a> {
+    /// sccache's own word for it.
+    pub reason: &'a str,
+    /// How often.
+    pub count: u64,
+    /// What it means and what can be done, or `None` where this is not known.
+    pub explanation: Option<&'static str>,
+}
+
+impl Stats {
+    /// Reads what sccache printed.
+    ///
+    /// # Errors
+    /// Where it is not the JSON of statistics.
+    pub fn parse(json: &str) -> Result<Self, StatsError> {
+        Ok(serde_json::from_str(json)?)
+    }
+
+    /// Calls of sccache with a compiler, whatever became of them.
+    pub fn requests(&self) -> u64 {
+        self.counts.compile_requests
+    }
+
+    /// Compiles that sccache took on: those it looked up, and those that failed.
+    pub fn executed(&self) -> u64 {
+        self.counts.requests_executed
+    }
+
+    /// Compiles answered from the cache.
+    pub fn hits(&self) -> u64 {
+        self.counts.cache_hits.total()
+    }
+
+    /// Compiles that were not in the cache.
+    pub fn misses(&self) -> u64 {
+        self.counts.cache_misses.total()
+    }
+
+    /// Compiles lost to an error of sccache's.
+    pub fn errors(&self) -> u64 {
+        self.counts.cache_errors.total()
+    }
+
+    /// Compiles that sccache looked up: hits, misses and errors.
+    pub fn lookups(&self) -> u64 {
+        self.hits()
+            .saturating_add(self.misses())
+            .saturating_add(self.errors())
+    }
+
+    /// Hits among [`Stats::lookups`], from 0 to 1; `None` where nothing was looked up. sccache's
+    /// own rate leaves errors out of the sum; here they count, since the compiler ran for each.
+    pub fn hit_rate(&self) -> Option<f64> {
+        ratio(self.hits(), self.lookups())
+    }
+
+    /// Calls that cannot be cached, for the reasons that [`Stats::reasons`] lists.
+    pub fn not_cacheable(&self) -> u64 {
+        self.counts.requests_not_cacheable
+    }
+
+    /// Calls that compile nothing, such as `--version` or linking.
+    pub fn not_compiles(&self) -> u64 {
+        self.counts.requests_not_compile
+    }
+
+    /// Calls of a compiler that sccache does not know.
+    pub fn unsupported_compiler(&self) -> u64 {
+        self.counts.requests_unsupported_compiler
+    }
+
+    /// Compiles that failed as they would have without sccache.
+    pub fn compile_failures(&self) -> u64 {
+        self.counts.compile_fails
+    }
+
+    /// Compiles whose object was written anew because `SCCACHE_RECACHE` asked for it.
+    pub fn forced_recaches(&self) -> u64 {
+        self.counts.forced_recaches
+    }
+
+    /// Objects written to the cache.
+    pub fn writes(&self) -> u64 {
+        self.counts.cache_writes
+    }
+
+    /// Objects that are still on their way to the cache: missed and compiled, but neither written
+    /// nor failed to be. An estimate, as sccache does not count it: a miss whose compile turned out
+    /// not to be cacheable stays in it for good.
+    pub fn pending_writes(&self) -> u64 {
+        let settled = [
+            self.counts.cache_writes,
+            self.counts.cache_write_errors,
+            self.counts.non_cacheable_compilations,
+        ];
+        settled.into_iter().fold(self.misses(), u64::saturating_sub)
+    }
+
+    /// What the cache did by language, the busiest first.
+    pub fn languages(&self) -> Vec<LanguageRow<'_>> {
+        let counts = &self.counts;
+        let all = [
+            &counts.cache_hits,
+            &counts.cache_misses,
+            &counts.cache_errors,
+        ];
+        let names: BTreeSet<&str> = all
+            .iter()
+            .flat_map(|each| each.counts.keys().map(String::as_str))
+            .collect();
+        let mut rows: Vec<LanguageRow<'_>> = names
+            .into_iter()
+            .map(|language| LanguageRow {
+                language,
+                hits: counts.cache_hits.of(language),
+                misses: counts.cache_misses.of(language),
+                errors: counts.cache_errors.of(language),
+            })
+            .filter(|row| row.total() > 0)
+            .collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(row.total()));
+        rows
+    }
+
+    /// The average times.
+    pub fn mean_times(&self) -> MeanTimes {
+        let counts = &self.counts;
+        MeanTimes {
+            read: mean(counts.cache_read_hit_duration, self.hits()),
+            write: mean(counts.cache_write_duration, counts.cache_writes),
+            // Before 0.9 only compiles whose object was written were timed.
+            compile: mean(
+                counts.compiler_write_duration,
+                counts.compilations.unwrap_or(counts.cache_writes),
+            ),
+        }
+    }
+
+    /// The compiler time that hits saved, were each as long as the average compile that was not in
+    /// the cache. An estimate, and `None` where there was no compile to measure by.
+    pub fn saved(&self) -> Option<Duration> {
+        let times = self.mean_times();
+        let saved = times.compile?.saturating_sub(times.read?);
+        let nanoseconds = saved.as_nanos().checked_mul(u128::from(self.hits()))?;
+        u64::try_from(nanoseconds).ok().map(Duration::from_nanos)
+    }
+
+    /// What went wrong, without what did not.
+    pub fn error_counts(&self) -> Vec<ErrorCount> {
+        let counts = &self.counts;
+        [
+            ("errors of sccache in a compile", self.errors()),
+            ("cache reads that failed", counts.cache_read_errors),
+            ("cache reads that timed out", counts.cache_timeouts),
+            ("cache writes that failed", counts.cache_write_errors),
+        ]
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(what, count)| ErrorCount { what, count })
+        .collect()
+    }
+
+    /// Why calls were not cacheable, the most frequent first.
+    pub fn reasons(&self) -> Vec<Reason<'_>> {
+        let mut reasons: Vec<Reason<'_>> = self
+            .counts
+            .not_cached
+            .iter()
+            .map(|(reason, count)| Reason {
+                reason,
+                count: *count,
+                explanation: explanation(reason),
+            })
+            .collect();
+        reasons.sort_by_key(|reason| std::cmp::Reverse(reason.count));
+        reasons
+    }
+}
+
+fn ratio(part: u64, whole: u64) -> Option<f64> {
+    // Counters stay far below the 2^53 from which on a float is inexact.
+    #[allow(clippy::cast_precision_loss)]
+    (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+fn mean(total: Elapsed, count: u64) -> Option<Duration> {
+    let count = u128::from(count);
+    let nanoseconds = total.0.as_nanos().checked_div(count)?;
+    u64::try_from(nanoseconds).ok().map(Duration::from_nanos)
+}
+
+/// What sccache's reasons mean (`cannot_cache!` in `src/compiler/` of sccache; those of Rust and
+/// gcc were checked by calling sccache 0.16 so that it gives them).
+fn explanation(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "crate-type" => {
+            "Rust binaries, tests, proc macros and dynamic libraries: they are linked, and what the \
+             linker makes is not cached"
+        }
+        "incremental" => {
+            "compiled incrementally, which cannot be cached: set CARGO_INCREMENTAL=0, and \
+             `incremental = false` in profiles that switch it on"
+        }
+        "missing input" => {
+            "calls without a source file, such as cargo asking rustc for its version"
+        }
+        "-" => "source from standard input, as cargo uses to ask rustc about the target",
+        "no input file" => "compiler calls without a source file",
+        "multiple input files" => "several source files in one call: compile each in its own",
+        "-o" => "rustc called with -o: use --out-dir",
+        "unsupported --emit" => {
+            "rustc asked for output that sccache does not keep, such as assembly"
+        }
+        "more than one --emit" => "rustc called with --emit more than once",
+        "missing crate_name" => "rustc called without --crate-name",
+        "missing output_dir" => "rustc called without --out-dir",
+        "-E" => "preprocessing only, as configure scripts do",
+        "-M" | "-MM" => "listing dependencies only",
+        "-x" => "a source language given with -x that sccache does not cache",
+        "-fprofile-use" | "-fprofile-generate" | "-fprofile-instr-use" => {
+            "built by or for a profile, which sccache cannot tell apart"
+        }
+        "-fsyntax-only" => "checked without being compiled",
+        "-save-temps" => "asked to keep intermediate files, which are not cached",
+        "unknown source language" => "a source file whose name does not tell its language",
+        "@" => "arguments from a response file that cannot be read",
+        "output to nul" => "output thrown away, as configure scripts do",
+        "shared pdb" | "pdb" | "/Zi" => {
+            "debug information in a file shared by several compiles: use /Z7"
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn fixture(version: &str) -> Stats {
+        let path = format!(
+            "{}/tests/fixtures/stats/{version}.json",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        Stats::parse(&std::fs::read_to_string(path).unwrap()).unwrap()
+    }
+
+    /// Every version ran the same calls (`tests/fixtures/stats/make.sh`).
+    const VERSIONS: [&str; 10] = [
+        "0.4.0-pre.6",
+        "0.4.0",
+        "0.5.3",
+        "0.7.7",
+        "0.8.2",
+        "0.9.1",
+        "0.10.0",
+        "0.14.0",
+        "0.15.0",
+        "0.16.0",
+    ];
+
+    #[test]
+    fn the_statistics_of_every_version_say_the_same_of_the_same_calls() {
+        for version in VERSIONS {
+            let stats = fixture(version);
+            let row = |language: &str| {
+                let rows = stats.languages();
+                let row = rows.iter().find(|row| row.language == language);
+                row.map(|row| (row.hits, row.misses, row.errors))
+            };
+            assert_eq!(stats.requests(), 24, "{version}");
+            assert_eq!(row("C/C++"), Some((3, 5, 0)), "{version}");
+            assert_eq!(row("Rust"), Some((1, 1, 0)), "{version}");
+            assert_eq!(stats.compile_failures(), 1, "{version}");
+            assert_eq!(stats.pending_writes(), 0, "{version}");
+            assert!(stats.error_counts().is_empty(), "{version}");
+            let times = stats.mean_times();
+            assert!(times.compile > times.read, "{version} {times:?}");
+            assert!(stats.saved() > Some(Duration::ZERO), "{version}");
+            let location = stats.cache_location.unwrap();
+            assert!(location.starts_with("Local disk"), "{version} {location}");
+            let expected = (version != "0.4.0-pre.6").then(|| version.to_owned());
+            assert_eq!(stats.version, expected);
+        }
+    }
+
+    #[test]
+    fn every_reason_that_a_version_gave_is_explained() {
+        for version in VERSIONS {
+            let stats = fixture(version);
+            let sum: u64 = stats.reasons().iter().map(|reason| reason.count).sum();
+            assert_eq!(sum, stats.not_cacheable(), "{version}");
+            for reason in stats.reasons() {
+                assert!(reason.explanation.is_some(), "{version} {reason:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_count_against_the_rate_and_nothing_looked_up_has_none() {
+        let json = r#"{"stats": {"compile_requests": 9, "requests_executed": 8,
+            "cache_hits": {"counts": {"Rust": 4}}, "cache_misses": {"counts": {"C/C++": 3}},
+            "cache_errors": {"counts": {"Rust": 1}}, "cache_write_errors": 2}}"#;
+        let stats = Stats::parse(json).unwrap();
+        assert_eq!(stats.hit_rate(), Some(0.5));
+        assert_eq!(stats.languages()[0].language, "Rust");
+        assert_eq!(stats.languages()[0].hit_rate(), Some(0.8));
+        assert_eq!(stats.error_counts().len(), 2);
+        assert_eq!(stats.pending_writes(), 1);
+        assert_eq!(stats.saved(), None);
+        let none = r#"{"stats": {"compile_requests": 0, "requests_executed": 0}}"#;
+        assert_eq!(Stats::parse(none).unwrap().hit_rate(), None);
+    }
+
+    #[test]
+    fn what_is_not_statistics_is_an_error() {
+        for text in [
+            "",
+            "{}",
+            "null",
+            "{\"stats\": {\"compile_requests\": -1}}",
+            "{\"st",
+        ] {
+            assert!(Stats::parse(text).is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_counter_however_large_breaks_the_sums(
+            numbers in prop::collection::vec(any::<u64>(), 8),
+            nanos in any::<u32>(),
+        ) {
+            let json = serde_json::json!({ "stats": {
+                "compile_requests": numbers[0],
+                "requests_executed": numbers[1],
+                "cache_hits": { "counts": { "A": numbers[2], "B": numbers[3] } },
+                "cache_misses": { "counts": { "B": numbers[4] } },
+                "cache_errors": { "counts": { "C": numbers[5] } },
+                "compiler_write_duration": { "secs": numbers[6], "nanos": nanos },
+                "cache_read_hit_duration": { "secs": 0, "nanos": 1 },
+                "compilations": numbers[7],
+            }});
+            let stats = Stats::parse(&json.to_string()).unwrap();
+            let rate = stats.hit_rate();
+            prop_assert!(rate.is_none_or(|rate| (0.0..=1.0).contains(&rate)));
+            let _ = (stats.saved(), stats.languages(), stats.pending_writes());
+        }
+
+        #[test]
+        fn no_text_makes_the_reader_panic(text in ".{0,200}") {
+            let _ = Stats::parse(&text);
+        }
+    }
+}
