@@ -4,4 +4,5 @@
 pub mod environment;
 pub mod mode;
 pub mod runner_files;
+pub mod summary;
 pub mod workflow_command;

@@ -1,0 +1,658 @@
+//! What a job's users read at its end: the job summary in Markdown, a line for an annotation, and
+//! the log. Functions of values only.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use crate::action::mode::Mode;
+use crate::sccache::stats::{LanguageRow, Stats};
+
+/// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
+const SUMMARY_LIMIT: usize = 256 * 1024;
+
+/// How many of a list's items are shown.
+const SHOWN: usize = 25;
+
+/// All that is known at the end of a job.
+#[derive(Clone, Debug)]
+pub struct Report<'a> {
+    /// sccache's version.
+    pub version: &'a str,
+    /// Where objects were kept.
+    pub mode: Mode,
+    /// The cache location in sccache's words.
+    pub cache_location: &'a str,
+    /// The statistics, or why there are none.
+    pub stats: Result<&'a Stats, &'a str>,
+    /// The statistics as sccache printed them.
+    pub raw_stats: &'a str,
+    /// Compiles that ran without sccache because it had failed.
+    pub uncached: usize,
+    /// Why the first of these did.
+    pub uncached_reason: Option<&'a str>,
+    /// What sccache's server had to say for itself.
+    pub server_log: &'a str,
+}
+
+/// The one line that says it all.
+pub fn verdict(report: &Report<'_>) -> String {
+    let stats = match report.stats {
+        Ok(stats) => stats,
+        Err(why) => return format!("There are no statistics: {why}"),
+    };
+    let Some(rate) = stats.hit_rate() else {
+        return match stats.requests() {
+            0 => "No compiler was called through sccache".to_owned(),
+            calls => format!(
+                "{} through sccache, none of which could be cached",
+                counted(calls, "compiler call")
+            ),
+        };
+    };
+    let mut text = format!(
+        "{} of {} came from the cache ({}, {}, {})",
+        percent(rate),
+        counted(stats.lookups(), "compile"),
+        counted(stats.hits(), "hit"),
+        counted(stats.misses(), "miss"),
+        counted(stats.errors(), "error"),
+    );
+    if let Some(saved) = stats
+        .saved()
+        .filter(|saved| *saved >= Duration::from_secs(1))
+    {
+        let _ = write!(text, ", saving about {} of compiler time", time(saved));
+    }
+    text
+}
+
+/// The text of the annotation.
+pub fn annotation(report: &Report<'_>) -> String {
+    let mut text = format!("sccache {}: {}.", report.version, verdict(report));
+    for trouble in troubles(report) {
+        let _ = write!(text, " {trouble}");
+    }
+    text
+}
+
+/// Whether there is something in the report that the user should mend.
+pub fn is_troubled(report: &Report<'_>) -> bool {
+    !troubles(report).is_empty()
+}
+
+/// What went wrong, each in a sentence.
+fn troubles(report: &Report<'_>) -> Vec<String> {
+    let mut troubles = Vec::new();
+    if report.uncached > 0 {
+        let why = report.uncached_reason.unwrap_or("its server was gone");
+        troubles.push(format!(
+            "{} ran without sccache because it failed ({why}).",
+            counted(report.uncached as u64, "compile")
+        ));
+    }
+    let Ok(stats) = report.stats else {
+        return troubles;
+    };
+    let errors: Vec<String> = stats
+        .error_counts()
+        .iter()
+        .map(|error| format!("{} {}", thousands(error.count), error.what))
+        .collect();
+    if !errors.is_empty() {
+        troubles.push(format!("There were {}.", errors.join(", ")));
+    }
+    troubles
+}
+
+/// Why nothing came from the cache, where that is so.
+fn why_nothing_was_hit(report: &Report<'_>) -> Option<&'static str> {
+    let stats = report.stats.ok()?;
+    if stats.requests() == 0 {
+        return Some(
+            "Is the compiler called through sccache? For Rust that is `RUSTC_WRAPPER`, for CMake \
+             the compiler launchers; a build whose output was restored from elsewhere has nothing \
+             to compile.",
+        );
+    }
+    if stats.hits() > 0 || stats.lookups() == 0 {
+        return None;
+    }
+    Some(match report.mode {
+        Mode::Local => {
+            "Objects were kept on this machine's disk only. On a runner that starts anew for each \
+             job nothing is found there."
+        }
+        Mode::Direct | Mode::External => {
+            "That is so in the first job with this cache, and after a change of sccache, of the \
+             compiler or of its flags."
+        }
+    })
+}
+
+/// The job summary.
+pub fn markdown(report: &Report<'_>) -> String {
+    let mut text = format!("### sccache\n\n**{}.**\n\n", escape(&verdict(report)));
+    if let Some(hint) = why_nothing_was_hit(report) {
+        let _ = writeln!(text, "{hint}\n");
+    }
+    for trouble in troubles(report) {
+        let _ = writeln!(text, "> [!WARNING]\n> {}\n", escape(&trouble));
+    }
+    if let Ok(stats) = report.stats {
+        stats_markdown(&mut text, stats);
+    }
+    let _ = writeln!(
+        text,
+        "<sub>sccache {} · mode {} · {}</sub>",
+        escape(report.version),
+        report.mode,
+        escape(report.cache_location)
+    );
+    for (title, raw) in [
+        ("The server's log", report.server_log),
+        ("Raw statistics", report.raw_stats),
+    ] {
+        details(&mut text, title, raw);
+    }
+    text
+}
+
+/// The job summary of a job whose set-up failed for this reason.
+pub fn without_sccache(reason: &str) -> String {
+    format!(
+        "### sccache\n\n**sccache was not used, and everything was compiled.**\n\n\
+         > [!WARNING]\n> {}\n",
+        escape(reason)
+    )
+}
+
+fn stats_markdown(text: &mut String, stats: &Stats) {
+    let rows = stats.languages();
+    if !rows.is_empty() {
+        text.push_str("| Language | Hits | Misses | Errors | Hit rate |\n|---|--:|--:|--:|--:|\n");
+        for row in rows.iter().take(SHOWN) {
+            let _ = writeln!(text, "| {} |", language_cells(row, escape).join(" | "));
+        }
+        text.push('\n');
+    }
+    chart(text, stats);
+    let times = times_in_words(stats);
+    if !times.is_empty() {
+        let _ = writeln!(text, "On average: {}.\n", times.join(", "));
+    }
+    let others = others_in_words(stats);
+    if !others.is_empty() {
+        let _ = writeln!(text, "Besides: {}.\n", others.join(", "));
+    }
+    let reasons = stats.reasons();
+    if !reasons.is_empty() {
+        let _ = writeln!(
+            text,
+            "<details><summary>{} could not be cached</summary>\n\n| Calls | Reason | What it means |\n|--:|---|---|",
+            counted(stats.not_cacheable(), "call")
+        );
+        for reason in reasons.iter().take(SHOWN) {
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} |",
+                thousands(reason.count),
+                code(reason.reason),
+                reason.explanation.unwrap_or_default()
+            );
+        }
+        if reasons.len() > SHOWN {
+            let _ = writeln!(text, "| | and {} more | |", reasons.len() - SHOWN);
+        }
+        text.push_str("\n</details>\n\n");
+    }
+}
+
+fn language_cells(row: &LanguageRow<'_>, name: impl Fn(&str) -> String) -> [String; 5] {
+    [
+        name(row.language),
+        thousands(row.hits),
+        thousands(row.misses),
+        thousands(row.errors),
+        row.hit_rate().map_or_else(|| "–".to_owned(), percent),
+    ]
+}
+
+fn chart(text: &mut String, stats: &Stats) {
+    let slices: Vec<(&str, u64)> = [
+        ("hits", stats.hits()),
+        ("misses", stats.misses()),
+        ("errors", stats.errors()),
+        ("not cacheable", stats.not_cacheable()),
+    ]
+    .into_iter()
+    .filter(|(_, count)| *count > 0)
+    .collect();
+    if slices.is_empty() {
+        return;
+    }
+    text.push_str("```mermaid\npie showData title Compiler calls\n");
+    for (name, count) in slices {
+        let _ = writeln!(text, "    \"{name}\" : {count}");
+    }
+    text.push_str("```\n\n");
+}
+
+fn times_in_words(stats: &Stats) -> Vec<String> {
+    let times = stats.mean_times();
+    [
+        ("a hit read in", times.read),
+        ("a miss compiled in", times.compile),
+        ("an object written in", times.write),
+    ]
+    .into_iter()
+    .filter_map(|(what, mean)| Some(format!("{what} {}", time(mean?))))
+    .collect()
+}
+
+fn others_in_words(stats: &Stats) -> Vec<String> {
+    [
+        (stats.writes(), "object", " written to the cache"),
+        (stats.compile_failures(), "compile", " that failed"),
+        (
+            stats.forced_recaches(),
+            "object",
+            " written anew on request",
+        ),
+        (stats.not_compiles(), "call", " that compiled nothing"),
+        (
+            stats.unsupported_compiler(),
+            "call",
+            " of a compiler that sccache does not know",
+        ),
+    ]
+    .into_iter()
+    .filter(|(count, ..)| *count > 0)
+    .map(|(count, noun, rest)| format!("{}{rest}", counted(count, noun)))
+    .collect()
+}
+
+/// A folded block with foreign text in it, as it is but for its length.
+fn details(text: &mut String, title: &str, raw: &str) {
+    let raw = raw.trim();
+    let room = (SUMMARY_LIMIT / 2)
+        .min(SUMMARY_LIMIT.saturating_sub(text.len()))
+        .saturating_sub(1024);
+    if raw.is_empty() || room == 0 {
+        return;
+    }
+    let (shown, rest) = raw.split_at(floor_char_boundary(raw, room));
+    // A fence is closed by one at least as long.
+    let fence = "`".repeat(longest_run_of_backticks(shown).max(2) + 1);
+    let _ = writeln!(
+        text,
+        "\n<details><summary>{title}</summary>\n\n{fence}text\n{shown}\n{fence}"
+    );
+    if !rest.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nCut off: {} more bytes.",
+            thousands(rest.len() as u64)
+        );
+    }
+    text.push_str("\n</details>\n");
+}
+
+fn floor_char_boundary(text: &str, limit: usize) -> usize {
+    let mut end = limit.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    end
+}
+
+fn longest_run_of_backticks(text: &str) -> usize {
+    text.split(|c| c != '`').map(str::len).max().unwrap_or(0)
+}
+
+/// The report as plain text.
+pub fn log_text(report: &Report<'_>) -> String {
+    let mut text = format!("{}.\n", verdict(report));
+    if let Some(hint) = why_nothing_was_hit(report) {
+        let _ = writeln!(text, "{hint}");
+    }
+    for trouble in troubles(report) {
+        let _ = writeln!(text, "{trouble}");
+    }
+    if let Ok(stats) = report.stats {
+        let rows = stats.languages();
+        if !rows.is_empty() {
+            let header = ["", "hits", "misses", "errors", "hit rate"].map(str::to_owned);
+            let cells = rows.iter().map(|row| language_cells(row, str::to_owned));
+            text.push('\n');
+            text.push_str(&aligned(std::iter::once(header).chain(cells)));
+        }
+        for line in [times_in_words(stats), others_in_words(stats)] {
+            if !line.is_empty() {
+                let _ = writeln!(text, "\n{}", line.join(", "));
+            }
+        }
+        let reasons = stats.reasons();
+        if !reasons.is_empty() {
+            let _ = writeln!(
+                text,
+                "\nNot cacheable: {}",
+                thousands(stats.not_cacheable())
+            );
+            for reason in reasons.iter().take(SHOWN) {
+                let explanation = reason
+                    .explanation
+                    .map_or_else(String::new, |words| format!(": {words}"));
+                let _ = writeln!(
+                    text,
+                    "  {:>6}  {}{explanation}",
+                    thousands(reason.count),
+                    reason.reason
+                );
+            }
+        }
+    }
+    let _ = write!(
+        text,
+        "\nsccache {}, mode {}, {}",
+        report.version, report.mode, report.cache_location
+    );
+    text
+}
+
+/// Rows with the first column to the left and the others to the right.
+fn aligned(rows: impl Iterator<Item = [String; 5]>) -> String {
+    let rows: Vec<[String; 5]> = rows.collect();
+    let mut widths = [0; 5];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            let _ = match column {
+                0 => write!(line, "  {cell:<width$}"),
+                _ => write!(line, "  {cell:>width$}"),
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+/// Foreign text as Markdown that shows it and does nothing else.
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '\n' | '\r' => escaped.push(' '),
+            // Mentions and references would notify people and link elsewhere.
+            '@' => escaped.push_str("&#64;"),
+            '#' => escaped.push_str("&#35;"),
+            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '~' | '$' => {
+                escaped.push('\\');
+                escaped.push(c);
+            }
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// Foreign text as code inside a table. An HTML element, since a pipe cannot be written in a code
+/// span of a table.
+fn code(text: &str) -> String {
+    format!("<code>{}</code>", escape(text))
+}
+
+/// A count with its noun.
+fn counted(count: u64, noun: &str) -> String {
+    let plural = match count {
+        1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{} {noun}{plural}", thousands(count))
+}
+
+/// A number with its thousands apart.
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (position, digit) in digits.chars().enumerate() {
+        if position > 0 && (digits.len() - position).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A rate from 0 to 1 in percent. 100 % and 0 % are said only where they are exact.
+fn percent(rate: f64) -> String {
+    let percent = rate * 100.0;
+    let shown = if rate >= 1.0 || rate <= 0.0 {
+        format!("{percent:.0}")
+    } else {
+        format!("{:.1}", percent.clamp(0.1, 99.9))
+    };
+    format!("{shown} %")
+}
+
+/// A time in the unit that suits it.
+fn time(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 0.000_5 {
+        format!("{} µs", time.as_micros())
+    } else if seconds < 0.01 {
+        format!("{:.1} ms", seconds * 1e3)
+    } else if seconds < 1.0 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else if seconds < 60.0 {
+        format!("{seconds:.1} s")
+    } else if seconds < 3600.0 {
+        format!("{} min {} s", time.as_secs() / 60, time.as_secs() % 60)
+    } else {
+        format!(
+            "{} h {} min",
+            time.as_secs() / 3600,
+            time.as_secs() % 3600 / 60
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn report<'a>(stats: Result<&'a Stats, &'a str>, raw_stats: &'a str) -> Report<'a> {
+        Report {
+            version: "0.16.0",
+            mode: Mode::Direct,
+            cache_location: "GHA, name: sccache-v0.16.0, prefix: /sccache/",
+            stats,
+            raw_stats,
+            uncached: 0,
+            uncached_reason: None,
+            server_log: "",
+        }
+    }
+
+    fn folder() -> std::path::PathBuf {
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    }
+
+    /// Compares with the file of this name, or writes it where `UPDATE_FIXTURES` is set.
+    fn assert_is_fixture(name: &str, text: &str) {
+        let path = folder().join("summary").join(name);
+        if std::env::var_os("UPDATE_FIXTURES").is_some() {
+            std::fs::write(&path, text).unwrap();
+        }
+        let expected = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, expected, "{}", path.display());
+    }
+
+    fn fixture(name: &str) -> String {
+        std::fs::read_to_string(folder().join("stats").join(name)).unwrap()
+    }
+
+    #[test]
+    fn summaries_are_as_in_their_fixtures() {
+        for version in ["0.4.0-pre.6", "0.16.0"] {
+            let raw = fixture(&format!("{version}.json"));
+            let stats = Stats::parse(&raw).unwrap();
+            let report = Report {
+                version,
+                mode: Mode::Local,
+                cache_location: "Local disk: \"/home/runner/.cache/sccache\"",
+                ..report(Ok(&stats), &raw)
+            };
+            assert_is_fixture(&format!("{version}.md"), &markdown(&report));
+            assert_is_fixture(&format!("{version}.txt"), &log_text(&report));
+        }
+    }
+
+    #[test]
+    fn a_server_that_was_gone_is_said_with_what_it_cost() {
+        let report = Report {
+            uncached: 12,
+            uncached_reason: Some("error: Server startup failed"),
+            server_log: "[ERROR] out of memory",
+            ..report(Err("sccache's server was gone"), "")
+        };
+        assert!(is_troubled(&report));
+        assert_is_fixture("server-gone.md", &markdown(&report));
+        assert_is_fixture("server-gone.txt", &annotation(&report));
+    }
+
+    fn stats(hits: u64, misses: u64, write_errors: u64, not_cacheable: u64) -> Stats {
+        Stats::parse(
+            &serde_json::json!({ "stats": {
+                "compile_requests": hits + misses + not_cacheable,
+                "requests_executed": hits + misses,
+                "requests_not_cacheable": not_cacheable,
+                "cache_hits": { "counts": { "Rust": hits } },
+                "cache_misses": { "counts": { "Rust": misses } },
+                "cache_write_errors": write_errors,
+            }})
+            .to_string(),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn the_verdict_fits_what_happened() {
+        for (stats, expected) in [
+            (stats(0, 0, 0, 0), "No compiler was called through sccache"),
+            (
+                stats(0, 0, 0, 3),
+                "3 compiler calls through sccache, none of which could be cached",
+            ),
+            (
+                stats(0, 4, 0, 0),
+                "0 % of 4 compiles came from the cache (0 hits, 4 misses, 0 errors)",
+            ),
+            (
+                stats(2000, 1, 0, 0),
+                "99.9 % of 2,001 compiles came from the cache (2,000 hits, 1 miss, 0 errors)",
+            ),
+        ] {
+            assert_eq!(verdict(&report(Ok(&stats), "")), expected);
+        }
+    }
+
+    #[test]
+    fn errors_are_named_in_the_annotation() {
+        let stats = stats(4, 4, 1500, 0);
+        let report = report(Ok(&stats), "");
+        assert!(is_troubled(&report));
+        let text = annotation(&report);
+        assert!(text.contains("1,500 cache writes that failed"), "{text}");
+        assert!(!is_troubled(&self::report(
+            Ok(&self::stats(1, 1, 0, 9)),
+            ""
+        )));
+    }
+
+    #[test]
+    fn an_empty_local_cache_is_explained() {
+        let stats = stats(0, 4, 0, 0);
+        let local = Report {
+            mode: Mode::Local,
+            ..report(Ok(&stats), "")
+        };
+        assert!(markdown(&local).contains("this machine's disk only"));
+        assert!(markdown(&report(Ok(&stats), "")).contains("first job with this cache"));
+    }
+
+    #[test]
+    fn times_are_in_the_unit_that_suits_them() {
+        let shown = [20, 1_500, 40_000, 1_500_000, 61_000_000, 3_660_000_000]
+            .map(|microseconds| time(Duration::from_micros(microseconds)));
+        assert_eq!(
+            shown,
+            [
+                "20 µs",
+                "1.5 ms",
+                "40 ms",
+                "1.5 s",
+                "1 min 1 s",
+                "1 h 1 min"
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn foreign_text_neither_ends_a_block_nor_outgrows_the_summary(
+            foreign in r"(</?details>|`{1,5}|[|<>&\n@#]|\PC){0,40}",
+            repeat in 1usize..20_000,
+        ) {
+            let long = foreign.repeat(repeat.min(2_000_000 / (foreign.len() + 1)));
+            let stats = Stats::parse(&serde_json::json!({ "stats": {
+                "compile_requests": 2, "requests_executed": 1,
+                "cache_hits": { "counts": { foreign.clone(): 1 } },
+                "requests_not_cacheable": 1, "not_cached": { foreign.clone(): 1 },
+            }}).to_string()).unwrap();
+            let report = Report {
+                cache_location: &foreign,
+                uncached: 1,
+                uncached_reason: Some(&foreign),
+                server_log: &long,
+                ..report(Ok(&stats), &long)
+            };
+            let text = markdown(&report);
+            prop_assert!(text.len() <= SUMMARY_LIMIT);
+            let outside: String = outside_of_fences(&text);
+            let opened = outside.matches("<details>").count();
+            prop_assert_eq!(opened, outside.matches("</details>").count());
+            prop_assert!(opened <= 3);
+        }
+    }
+
+    /// The text without what stands between fences.
+    fn outside_of_fences(text: &str) -> String {
+        let mut fence: Option<&str> = None;
+        let mut outside = String::new();
+        for line in text.split('\n') {
+            let run = &line[..line.len() - line.trim_start_matches('`').len()];
+            match fence {
+                None if run.len() >= 3 => fence = Some(run),
+                Some(open) if run.len() >= open.len() && line == run => fence = None,
+                None => {
+                    outside.push_str(line);
+                    outside.push('\n');
+                }
+                Some(_) => {}
+            }
+        }
+        outside
+    }
+}
