@@ -1,0 +1,180 @@
+//! The post step: asks sccache how it went, tells the job's users, and stops the server. Whatever
+//! goes wrong here, the job stays as it is.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use crate::action::environment::Environment;
+use crate::action::inputs::Inputs;
+use crate::action::runner_files::RunnerFiles;
+use crate::action::state::{Setup, State};
+use crate::action::summary::{self, Report};
+use crate::action::workflow_command::Log;
+use crate::sccache::server::Server;
+use crate::sccache::stats::Stats;
+
+const TITLE: &str = "sccache";
+
+/// How long the server may take to write what it has still to write. It writes objects after it has
+/// answered the compile, and drops what it has not written when it is stopped.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the writes may stand still before the rest is given up. The server does not say whether
+/// anything is left, so this is also the cost of a count that was off.
+const DRAIN_STALL: Duration = Duration::from_secs(3);
+
+/// How often the server is asked meanwhile.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How much of the end of the server's log is shown, in bytes.
+const LOG_SHOWN: u64 = 16 * 1024;
+
+/// Runs the step.
+pub async fn run(environment: &Environment, log: &Log) {
+    for secret in ["INPUT_TOKEN", "ACTIONS_RUNTIME_TOKEN"] {
+        if let Some(secret) = environment.get(secret) {
+            log.mask(secret);
+        }
+    }
+    let files = RunnerFiles::of(environment);
+    // The main step has said what is wrong with an input.
+    let (summary, annotations) = Inputs::parse(environment)
+        .map_or((true, true), |inputs| (inputs.summary, inputs.annotations));
+    match Setup::of(environment) {
+        None => log.info("sccache was not set up in this job; there is nothing to report."),
+        Some(Setup::Failed { reason }) => {
+            log.info(format!("sccache was not used in this job: {reason}"));
+            if summary {
+                add_to_summary(&files, &summary::without_sccache(&reason), log);
+            }
+        }
+        Some(Setup::Done(state)) => {
+            let ending = end(&state, log).await;
+            tell(&state, &ending, &files, (summary, annotations), log);
+        }
+    }
+}
+
+/// How the server ended.
+struct Ending {
+    stats: Result<Stats, String>,
+    raw_stats: String,
+    server_log: String,
+}
+
+async fn end(state: &State, log: &Log) -> Ending {
+    let sccache = state.state_dir.sccache();
+    let (stats, raw_stats) = match sccache {
+        None => (Err("sccache is no longer there".to_owned()), String::new()),
+        Some(sccache) => {
+            let server = Server::new(sccache, state.port);
+            let last = last_statistics(&server, log).await;
+            // Only where one listens: sccache's client would start a server to stop it.
+            if server.is_listening().await
+                && let Err(error) = server.stop().await
+            {
+                log.info(format!("The sccache server did not stop: {error}"));
+            }
+            match last {
+                Ok((stats, raw)) => (Ok(stats), raw),
+                Err(why) => (Err(why), String::new()),
+            }
+        }
+    };
+    Ending {
+        stats,
+        raw_stats,
+        server_log: end_of(&state.state_dir.server_log()).unwrap_or_default(),
+    }
+}
+
+async fn statistics(server: &Server) -> Result<(Stats, String), String> {
+    let raw = server
+        .statistics()
+        .await
+        .map_err(|error| error.to_string())?;
+    let stats = Stats::parse(&raw).map_err(|error| error.to_string())?;
+    Ok((stats, raw))
+}
+
+/// The statistics once the server has written what it had to write.
+async fn last_statistics(server: &Server, log: &Log) -> Result<(Stats, String), String> {
+    if !server.is_listening().await {
+        return Err("sccache's server was gone at the end of the job".to_owned());
+    }
+    let begin = Instant::now();
+    let mut last = statistics(server).await?;
+    let mut progress = Instant::now();
+    while last.0.pending_writes() > 0
+        && begin.elapsed() < DRAIN_LIMIT
+        && progress.elapsed() < DRAIN_STALL
+    {
+        // sccache has no event for this that one could wait for.
+        sleep(DRAIN_INTERVAL).await;
+        let Ok(next) = statistics(server).await else {
+            break;
+        };
+        if next.0.pending_writes() < last.0.pending_writes() {
+            progress = Instant::now();
+        }
+        last = next;
+    }
+    log.debug(format!(
+        "waited {} ms for writes; {} may be left",
+        begin.elapsed().as_millis(),
+        last.0.pending_writes()
+    ));
+    Ok(last)
+}
+
+/// The end of a file that another process writes.
+fn end_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LOG_SHOWN)))?;
+    let mut bytes = Vec::new();
+    file.take(LOG_SHOWN).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn tell(
+    state: &State,
+    ending: &Ending,
+    files: &RunnerFiles,
+    (summary, annotations): (bool, bool),
+    log: &Log,
+) {
+    let reason = state.state_dir.first_uncached_reason();
+    let report = Report {
+        version: &state.version,
+        mode: state.mode,
+        cache_location: &state.cache_location,
+        stats: ending.stats.as_ref().map_err(String::as_str),
+        raw_stats: &ending.raw_stats,
+        uncached: state.state_dir.uncached_compiles(),
+        uncached_reason: reason.as_deref(),
+        server_log: &ending.server_log,
+    };
+    log.group("sccache statistics", summary::log_text(&report));
+    if !ending.server_log.trim().is_empty() {
+        log.group("The sccache server's log", ending.server_log.trim());
+    }
+    if summary {
+        add_to_summary(files, &log.redact(&summary::markdown(&report)), log);
+    }
+    if summary::is_troubled(&report) {
+        log.warning(TITLE, summary::annotation(&report));
+    } else if annotations {
+        log.notice(TITLE, summary::annotation(&report));
+    }
+}
+
+fn add_to_summary(files: &RunnerFiles, markdown: &str, log: &Log) {
+    if let Err(error) = files.add_to_summary(markdown) {
+        log.info(format!("The job summary could not be written: {error}"));
+    }
+}

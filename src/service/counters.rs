@@ -1,0 +1,64 @@
+//! What was asked of a cache service.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// The counters of a running service.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub(crate) $name: Counter,)*
+        }
+
+        /// The counters at one moment.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+        pub struct Snapshot {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// The counters now. Each is exact; they need not be of the same instant.
+            pub fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Look-ups.
+    lookups,
+    /// Look-ups that found an entry.
+    hits,
+    /// Reservations asked for.
+    reservations,
+    /// Reservations refused because the name was taken.
+    conflicts,
+    /// Uploads made entries.
+    commits,
+    /// Requests with content to keep.
+    uploads,
+    /// Requests for content.
+    downloads,
+    /// Requests refused for want of a token or a good signature.
+    refused,
+    /// Bytes of content received.
+    bytes_in,
+    /// Bytes of content promised in answers.
+    bytes_out,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn one(&self) {
+        self.add(1);
+    }
+
+    pub(crate) fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+}
