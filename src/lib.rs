@@ -5,9 +5,11 @@
 //! in, so that every part can be driven by a test.
 
 pub mod action;
+pub mod cli;
 pub mod github;
 pub mod http_client;
 pub mod install;
+pub mod rehearse;
 pub mod sccache;
 pub mod service;
 pub mod wrapper;

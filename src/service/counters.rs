@@ -18,6 +18,14 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)*
         }
 
+        impl Snapshot {
+            /// What was counted since `earlier`.
+            #[must_use]
+            pub fn since(&self, earlier: &Self) -> Self {
+                Self { $($name: self.$name.saturating_sub(earlier.$name),)* }
+            }
+        }
+
         impl Counters {
             /// The counters now. Each is exact; they need not be of the same instant.
             pub fn snapshot(&self) -> Snapshot {

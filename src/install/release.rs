@@ -1,0 +1,474 @@
+//! sccache from its releases: which version, and its archive, downloaded and verified.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::{Duration, Instant, SystemTime};
+
+use backon::{ExponentialBuilder, Retryable};
+use reqwest::header::RETRY_AFTER;
+use reqwest::{Response, StatusCode};
+use semver::Version;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tokio::fs::File;
+use tokio::io::AsyncWriteExt;
+use url::Url;
+
+use crate::action::workflow_command::Log;
+use crate::github;
+use crate::install::version::VersionSpec;
+
+const OWNER: &str = "mozilla";
+const REPOSITORY: &str = "sccache";
+
+/// Where releases lie: under `v<version>/`, by their asset's name.
+pub const RELEASES_URL: &str = "https://github.com/mozilla/sccache/releases/download";
+
+/// The largest archive, in bytes. sccache's have some 10 MB.
+const ARCHIVE_LIMIT: u64 = 200 << 20;
+
+/// The largest checksum file, in bytes.
+const CHECKSUM_LIMIT: u64 = 4 << 10;
+
+/// How often a request is made before it is given up, the first time among them.
+const ATTEMPTS: usize = 4;
+
+/// How often where the server cannot be reached at all, which rarely mends itself.
+const CONNECT_ATTEMPTS: usize = 2;
+
+/// The longest wait that a server may ask for.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// How often a slow download says how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A sha256 digest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Checksum([u8; 32]);
+
+/// Text that is no sha256.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it accepts a sha256: 64 hexadecimal digits")]
+pub struct ChecksumError;
+
+impl FromStr for Checksum {
+    type Err = ChecksumError;
+
+    /// Reads 64 hexadecimal digits, with or without `sha256:` before them.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        let digits = text.strip_prefix("sha256:").unwrap_or(text);
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(digits, &mut bytes).map_err(|_| ChecksumError)?;
+        Ok(Self(bytes))
+    }
+}
+
+impl Checksum {
+    /// The checksum of `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(Sha256::digest(bytes).into())
+    }
+
+    /// What a checksum file says: the digits, with or without a file's name behind them.
+    fn of_file(text: &str) -> Result<Self, ChecksumError> {
+        text.split_whitespace().next().ok_or(ChecksumError)?.parse()
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Checksum {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
+
+/// Why a release could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ReleaseError {
+    /// GitHub's API did not say which versions there are.
+    #[error("GitHub's API does not say which versions there are: {0}")]
+    Api(String),
+    /// No release is what was asked for.
+    #[error("no release of sccache is {0}")]
+    NoVersion(String),
+    /// The server cannot be reached, or broke off.
+    #[error("{url}: {error}")]
+    Transfer {
+        /// What was asked for.
+        url: Url,
+        /// The reason, with its causes.
+        error: String,
+        /// Whether the server could not be reached at all.
+        unreachable: bool,
+    },
+    /// The server refused.
+    #[error("{url}: {status}")]
+    Status {
+        /// What was asked for.
+        url: Url,
+        /// The refusal.
+        status: StatusCode,
+        /// How long the server asked to wait.
+        wait: Option<Duration>,
+    },
+    /// The answer is larger than it may be.
+    #[error("{url} has more than {limit} bytes")]
+    TooLarge {
+        /// What was asked for.
+        url: Url,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The file beside the archive is no checksum.
+    #[error("{0} is not a sha256")]
+    NoChecksum(Url),
+    /// The archive is not the one that was to be had.
+    #[error("{url} has the sha256 {actual}, but {expected} was expected; it was not unpacked")]
+    Mismatch {
+        /// The archive.
+        url: Url,
+        /// Its checksum.
+        actual: Checksum,
+        /// What it should be.
+        expected: Checksum,
+    },
+    /// A URL cannot be made of the mirror's.
+    #[error("{0} cannot be the base of a URL")]
+    Base(Url),
+    /// The archive could not be written to the disk.
+    #[error("the archive could not be written: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl ReleaseError {
+    fn transfer(url: &Url, error: &reqwest::Error) -> Self {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        Self::Transfer {
+            url: url.clone(),
+            error: text,
+            unreachable: error.is_connect(),
+        }
+    }
+
+    /// Whether the same request may succeed the next time.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Transfer { .. } => true,
+            Self::Status { status, .. } => {
+                status.is_server_error()
+                    || matches!(
+                        *status,
+                        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT
+                    )
+            }
+            _ => false,
+        }
+    }
+
+    fn asked_wait(&self) -> Option<Duration> {
+        match self {
+            Self::Status { wait, .. } => *wait,
+            _ => None,
+        }
+    }
+
+    fn is_unreachable(&self) -> bool {
+        matches!(
+            self,
+            Self::Transfer {
+                unreachable: true,
+                ..
+            }
+        )
+    }
+}
+
+/// The version that `spec` means, by GitHub's API where it must be asked.
+///
+/// # Errors
+/// Where the API does not answer or has no such version.
+pub async fn resolve(
+    spec: &VersionSpec,
+    http: &reqwest::Client,
+    api_url: &str,
+    token: Option<&str>,
+) -> Result<Version, ReleaseError> {
+    if let VersionSpec::Exact(version) = spec {
+        return Ok(version.clone());
+    }
+    let no_version = || ReleaseError::NoVersion(spec.to_string());
+    let ask = || async {
+        let client = github::client(http.clone(), api_url, token)?;
+        match spec {
+            VersionSpec::Latest => github::latest_release(&client, OWNER, REPOSITORY).await,
+            _ => {
+                let releases = github::releases(&client, OWNER, REPOSITORY).await?;
+                Ok(spec.newest(releases))
+            }
+        }
+    };
+    ask()
+        .await
+        .map_err(|error| ReleaseError::Api(github::explain(&error)))?
+        .ok_or_else(no_version)
+}
+
+/// Downloads the archive `<asset>.tar.gz` of `version` below `base` to the file `target` and
+/// verifies it: against `pinned`, else against the checksum published beside it. Gives its
+/// checksum.
+///
+/// # Errors
+/// Where it cannot be had or is not what it should be.
+pub async fn download(
+    http: &reqwest::Client,
+    base: &Url,
+    version: &Version,
+    asset: &str,
+    pinned: Option<Checksum>,
+    target: &Path,
+    log: &Log,
+) -> Result<Checksum, ReleaseError> {
+    let url = asset_url(base, version, &format!("{asset}.tar.gz"))?;
+    let expected = async {
+        match pinned {
+            Some(pinned) => Ok(pinned),
+            None => published_checksum(http, base, version, asset, log).await,
+        }
+    };
+    let archive = retried(log, || fetch_to(http, &url, target, log));
+    let (expected, actual) = tokio::try_join!(expected, archive)?;
+    if !bool::from(actual.0.ct_eq(&expected.0)) {
+        return Err(ReleaseError::Mismatch {
+            url,
+            actual,
+            expected,
+        });
+    }
+    Ok(actual)
+}
+
+async fn published_checksum(
+    http: &reqwest::Client,
+    base: &Url,
+    version: &Version,
+    asset: &str,
+    log: &Log,
+) -> Result<Checksum, ReleaseError> {
+    let url = asset_url(base, version, &format!("{asset}.tar.gz.sha256"))?;
+    let text = retried(log, || async {
+        let mut response = answer(http, &url).await?;
+        let mut text = Vec::new();
+        while let Some(piece) = next_piece(&mut response, &url).await? {
+            text.extend_from_slice(&piece);
+            check_size(&url, text.len() as u64, CHECKSUM_LIMIT)?;
+        }
+        Ok(text)
+    })
+    .await?;
+    Checksum::of_file(&String::from_utf8_lossy(&text)).map_err(|_| ReleaseError::NoChecksum(url))
+}
+
+fn asset_url(base: &Url, version: &Version, file: &str) -> Result<Url, ReleaseError> {
+    let mut url = base.clone();
+    url.path_segments_mut()
+        .map_err(|()| ReleaseError::Base(base.clone()))?
+        .pop_if_empty()
+        .push(&format!("v{version}"))
+        .push(file);
+    Ok(url)
+}
+
+async fn answer(http: &reqwest::Client, url: &Url) -> Result<Response, ReleaseError> {
+    let response = http
+        .get(url.clone())
+        .send()
+        .await
+        .map_err(|error| ReleaseError::transfer(url, &error))?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let wait = response
+        .headers()
+        .get(RETRY_AFTER)
+        .and_then(|value| retry_after(value.to_str().ok()?, SystemTime::now()));
+    Err(ReleaseError::Status {
+        url: url.clone(),
+        status,
+        wait,
+    })
+}
+
+/// What `Retry-After` asks for: seconds, or a date (RFC 9110, 10.2.3).
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    let value = value.trim();
+    let wait = match value.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(value)
+            .ok()?
+            .duration_since(now)
+            .unwrap_or_default(),
+    };
+    Some(wait.min(LONGEST_WAIT))
+}
+
+async fn next_piece(
+    response: &mut Response,
+    url: &Url,
+) -> Result<Option<bytes::Bytes>, ReleaseError> {
+    response
+        .chunk()
+        .await
+        .map_err(|error| ReleaseError::transfer(url, &error))
+}
+
+fn check_size(url: &Url, size: u64, limit: u64) -> Result<(), ReleaseError> {
+    if size <= limit {
+        return Ok(());
+    }
+    Err(ReleaseError::TooLarge {
+        url: url.clone(),
+        limit,
+    })
+}
+
+/// Makes the request again where that may help, after the wait that the server asks for or one
+/// that doubles each time.
+async fn retried<T, F: Future<Output = Result<T, ReleaseError>>>(
+    log: &Log,
+    request: impl FnMut() -> F,
+) -> Result<T, ReleaseError> {
+    let mut unreachable = 0;
+    request
+        .retry(
+            ExponentialBuilder::default()
+                .with_min_delay(Duration::from_millis(250))
+                .with_max_times(ATTEMPTS - 1)
+                .with_jitter(),
+        )
+        .when(move |error: &ReleaseError| {
+            unreachable += usize::from(error.is_unreachable());
+            error.is_passing() && unreachable < CONNECT_ATTEMPTS
+        })
+        .adjust(|error: &ReleaseError, wait| wait.map(|wait| error.asked_wait().unwrap_or(wait)))
+        .notify(|error: &ReleaseError, wait| {
+            log.info(format!("{error}; trying again in {} ms", wait.as_millis()));
+        })
+        .await
+}
+
+/// Downloads `url` to the file `target`. An answer that ends early is an error of the client's, as
+/// long as the server says how long it is; what else is missing shows in the checksum.
+async fn fetch_to(
+    http: &reqwest::Client,
+    url: &Url,
+    target: &Path,
+    log: &Log,
+) -> Result<Checksum, ReleaseError> {
+    let begin = Instant::now();
+    let mut response = answer(http, url).await?;
+    let total = response.content_length();
+    check_size(url, total.unwrap_or(0), ARCHIVE_LIMIT)?;
+    let mut file = File::create(target).await?;
+    let mut digest = Sha256::new();
+    let mut size = 0;
+    let mut told = begin;
+    while let Some(piece) = next_piece(&mut response, url).await? {
+        size += piece.len() as u64;
+        check_size(url, size, ARCHIVE_LIMIT)?;
+        digest.update(&piece);
+        file.write_all(&piece).await?;
+        if told.elapsed() >= PROGRESS_INTERVAL {
+            told = Instant::now();
+            log.info(progress(size, total));
+        }
+    }
+    file.flush().await?;
+    log.debug(format!(
+        "{url}: {size} bytes in {} ms",
+        begin.elapsed().as_millis()
+    ));
+    Ok(Checksum(digest.finalize().into()))
+}
+
+fn progress(size: u64, total: Option<u64>) -> String {
+    match total.filter(|total| *total > 0) {
+        Some(total) => format!(
+            "Downloading sccache: {} of {} KiB ({} %)",
+            size >> 10,
+            total >> 10,
+            size.saturating_mul(100) / total
+        ),
+        None => format!("Downloading sccache: {} KiB", size >> 10),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGITS: &str = "E3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn a_checksum_file_is_read_with_and_without_a_name() {
+        for text in [
+            DIGITS.to_owned(),
+            format!("{DIGITS}\n"),
+            format!("{DIGITS}  sccache-v0.16.0.tar.gz\n"),
+            format!("sha256:{DIGITS}"),
+        ] {
+            assert_eq!(Checksum::of_file(&text), Ok(Checksum::of(b"")), "{text}");
+        }
+        for text in ["", "abc", "<html>", &DIGITS[1..], &format!("{DIGITS}0")] {
+            assert_eq!(Checksum::of_file(text), Err(ChecksumError), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_server_may_ask_to_wait_in_seconds_or_until_a_date_but_not_for_ever() {
+        let now = httpdate::parse_http_date("Mon, 05 Jan 2026 00:00:00 GMT").unwrap();
+        for (value, seconds) in [
+            ("3", Some(3)),
+            ("0", Some(0)),
+            ("Mon, 05 Jan 2026 00:00:07 GMT", Some(7)),
+            ("Sun, 05 Jan 2025 00:00:07 GMT", Some(0)),
+            ("86400", Some(30)),
+            ("soon", None),
+        ] {
+            let expected = seconds.map(Duration::from_secs);
+            assert_eq!(retry_after(value, now), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn an_asset_lies_below_the_mirrors_path_with_and_without_a_slash() {
+        for base in ["https://m.example/a/b", "https://m.example/a/b/"] {
+            let url = asset_url(&base.parse().unwrap(), &Version::new(0, 16, 0), "x.tar.gz");
+            assert_eq!(
+                url.unwrap().as_str(),
+                "https://m.example/a/b/v0.16.0/x.tar.gz"
+            );
+        }
+    }
+
+    #[test]
+    fn progress_is_said_with_and_without_a_length() {
+        assert_eq!(
+            progress(1 << 20, Some(4 << 20)),
+            "Downloading sccache: 1024 of 4096 KiB (25 %)"
+        );
+        assert_eq!(progress(1 << 20, None), "Downloading sccache: 1024 KiB");
+    }
+}

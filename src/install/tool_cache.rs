@@ -1,0 +1,297 @@
+//! The runner's tool cache: tools that outlive a job, in the layout of `@actions/tool-cache`.
+//!
+//! ```text
+//! sccache/0.16.0/x64/sccache               the binary
+//! sccache/0.16.0/x64/sccache-action.json   where it came from, and its sha256
+//! sccache/0.16.0/x64.complete              says that the folder is whole
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use semver::Version;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::action::environment::Environment;
+use crate::install::Source;
+use crate::install::platform::Platform;
+use crate::install::version::VersionSpec;
+
+const TOOL: &str = "sccache";
+const RECORD: &str = "sccache-action.json";
+
+/// A folder with tools.
+#[derive(Clone, Debug)]
+pub struct ToolCache {
+    root: PathBuf,
+    platform: Platform,
+}
+
+/// What is written beside a binary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Where it came from.
+    pub source: Source,
+    /// The sha256 of the release archive that it came in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive_sha256: Option<String>,
+    /// Its own sha256.
+    pub binary_sha256: String,
+}
+
+/// A tool that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// The binary.
+    pub path: PathBuf,
+    /// Its version.
+    pub version: Version,
+    /// What is known of it.
+    pub record: Record,
+}
+
+impl ToolCache {
+    /// The first folder that can be written of `RUNNER_TOOL_CACHE`, `RUNNER_TEMP` and the system's
+    /// own folder for temporary files.
+    ///
+    /// # Errors
+    /// Where none can be written, with the last one's reason.
+    pub fn of(environment: &Environment, platform: Platform) -> io::Result<Self> {
+        let named = ["RUNNER_TOOL_CACHE", "RUNNER_TEMP"];
+        let folders = named.iter().filter_map(|name| environment.path(name));
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for root in folders.chain([std::env::temp_dir().join("sccache-action-tools")]) {
+            let cache = Self { root, platform };
+            match cache.staging() {
+                Ok(_) => return Ok(cache),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// A folder beside the tools, on the same file system, that goes when it is dropped.
+    ///
+    /// # Errors
+    /// Where the tool cache cannot be written.
+    pub fn staging(&self) -> io::Result<TempDir> {
+        let folder = self.root.join(TOOL);
+        fs::create_dir_all(&folder)?;
+        tempfile::Builder::new()
+            .prefix(".staging-")
+            .tempdir_in(folder)
+    }
+
+    fn folder(&self, version: &Version) -> PathBuf {
+        self.root
+            .join(TOOL)
+            .join(version.to_string())
+            .join(self.platform.tool_cache_arch())
+    }
+
+    fn marker(&self, version: &Version) -> PathBuf {
+        // Not `with_extension`, which would cut a version at its last dot.
+        let arch = self.platform.tool_cache_arch();
+        self.folder(version)
+            .with_file_name(format!("{arch}.complete"))
+    }
+
+    /// The tool of this version, if it is there, whole and as it was installed. One that another
+    /// action put there has no record of ours and is not taken.
+    pub fn find(&self, version: &Version) -> Option<Tool> {
+        if !self.marker(version).is_file() {
+            return None;
+        }
+        let folder = self.folder(version);
+        let record = fs::read(folder.join(RECORD)).ok()?;
+        let record: Record = serde_json::from_slice(&record).ok()?;
+        let path = folder.join(self.platform.binary());
+        if sha256_of(&path).ok()? != record.binary_sha256 {
+            return None;
+        }
+        Some(Tool {
+            path,
+            version: version.clone(),
+            record,
+        })
+    }
+
+    /// The versions that have a folder, whole or not.
+    pub fn versions(&self, spec: &VersionSpec) -> Vec<Version> {
+        let Ok(folders) = fs::read_dir(self.root.join(TOOL)) else {
+            return Vec::new();
+        };
+        let mut versions: Vec<Version> = folders
+            .filter_map(|folder| folder.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|version| spec.matches(version))
+            .collect();
+        versions.sort();
+        versions.reverse();
+        versions
+    }
+
+    /// Moves `binary`, a file in `staging`, to its place with a record of its origin.
+    ///
+    /// Another process may do the same at the same time: whoever comes second finds a tool in place
+    /// and takes that one, if it is as good.
+    ///
+    /// # Errors
+    /// Where the files cannot be written.
+    pub fn install(
+        &self,
+        staging: &TempDir,
+        binary: &Path,
+        version: &Version,
+        source: Source,
+        archive_sha256: Option<String>,
+    ) -> io::Result<Tool> {
+        let record = Record {
+            source,
+            archive_sha256,
+            binary_sha256: sha256_of(binary)?,
+        };
+        let whole = staging.path().join("whole");
+        fs::create_dir(&whole)?;
+        fs::rename(binary, whole.join(self.platform.binary()))?;
+        fs::write(whole.join(RECORD), serde_json::to_vec_pretty(&record)?)?;
+        let folder = self.folder(version);
+        if let Some(parent) = folder.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        let tool = || Tool {
+            path: folder.join(self.platform.binary()),
+            version: version.clone(),
+            record: record.clone(),
+        };
+        // A rename onto a folder that is not empty fails, so nobody's tool is replaced unseen.
+        let mut moved = fs::rename(&whole, &folder);
+        if moved.is_err() {
+            if let Some(found) = self.find(version)
+                && found.record == record
+            {
+                return Ok(found);
+            }
+            // What is there is half written, changed, or another action's.
+            let _ = fs::remove_file(self.marker(version));
+            fs::rename(&folder, staging.path().join("replaced"))?;
+            moved = fs::rename(&whole, &folder);
+        }
+        match moved {
+            Ok(()) => {}
+            Err(error) => {
+                // Somebody else was quicker once more.
+                return self.find(version).ok_or(error);
+            }
+        }
+        File::create(self.marker(version))?;
+        Ok(tool())
+    }
+}
+
+fn sha256_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hex::encode(digest.finalize()));
+        }
+        digest.update(buffer.get(..read).unwrap_or_default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VERSION: Version = Version::new(0, 16, 0);
+
+    fn cache(root: &Path) -> ToolCache {
+        let environment =
+            Environment::from_iter([("RUNNER_TOOL_CACHE", root.display().to_string())]);
+        ToolCache::of(&environment, Platform::current()).unwrap()
+    }
+
+    fn install(cache: &ToolCache, content: &str) -> Tool {
+        let staging = cache.staging().unwrap();
+        let binary = staging.path().join("downloaded");
+        fs::write(&binary, content).unwrap();
+        cache
+            .install(&staging, &binary, &VERSION, Source::Release, None)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_tool_is_found_where_the_toolkit_would_look_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = cache(root.path());
+        assert_eq!(cache.find(&VERSION), None);
+        let tool = install(&cache, "binary");
+        assert_eq!(cache.find(&VERSION), Some(tool.clone()));
+        let arch = Platform::current().tool_cache_arch();
+        let folder = root.path().join("sccache/0.16.0").join(arch);
+        assert_eq!(tool.path.parent(), Some(folder.as_path()));
+        let marker = root.path().join(format!("sccache/0.16.0/{arch}.complete"));
+        assert!(marker.is_file());
+        assert_eq!(cache.versions(&VersionSpec::Latest), [VERSION]);
+        let left: Vec<_> = fs::read_dir(root.path().join("sccache")).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn a_tool_that_is_half_there_changed_or_foreign_is_not_taken_and_is_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = cache(root.path());
+        let spoil: [&dyn Fn(&Tool); 4] = [
+            &|_| fs::remove_file(cache.marker(&VERSION)).unwrap(),
+            &|tool| fs::write(&tool.path, "changed").unwrap(),
+            &|tool| fs::remove_file(&tool.path).unwrap(),
+            &|tool| fs::remove_file(tool.path.with_file_name(RECORD)).unwrap(),
+        ];
+        for spoil in spoil {
+            spoil(&install(&cache, "binary"));
+            assert_eq!(cache.find(&VERSION), None);
+            let tool = install(&cache, "binary");
+            assert_eq!(fs::read_to_string(&tool.path).unwrap(), "binary");
+            assert_eq!(cache.find(&VERSION), Some(tool));
+        }
+    }
+
+    #[test]
+    fn two_that_install_at_once_end_with_one_whole_tool() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = cache(root.path());
+        for _ in 0..20 {
+            let barrier = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        barrier.wait();
+                        let tool = install(&cache, "binary");
+                        assert_eq!(fs::read_to_string(tool.path).unwrap(), "binary");
+                    });
+                }
+            });
+            assert!(cache.find(&VERSION).is_some());
+            fs::remove_dir_all(root.path().join("sccache/0.16.0")).unwrap();
+        }
+    }
+
+    #[test]
+    fn where_the_tool_cache_cannot_be_had_the_temporary_folder_is_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let temporary = folder.path().join("temporary");
+        let environment = Environment::from_iter([
+            ("RUNNER_TOOL_CACHE", file.display().to_string()),
+            ("RUNNER_TEMP", temporary.display().to_string()),
+        ]);
+        let cache = ToolCache::of(&environment, Platform::current()).unwrap();
+        assert_eq!(cache.root, temporary);
+    }
+}
