@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use sccache_action::action::environment::Environment;
 use sccache_action::action::setup::Outcome;
-use sccache_action::action::workflow_command::Log;
+use sccache_action::action::workflow_command::{Log, Reader};
 use sccache_action::action::{report, setup};
 use sccache_action::cli::{Cli, Command};
 use sccache_action::rehearse::{self, Rehearsal};
@@ -51,7 +51,14 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
 
 async fn run(command: Command) -> Result<ExitCode, Failure> {
     let environment = Environment::of_this_process();
-    let log = || Log::new(io::stdout(), environment.get("RUNNER_DEBUG") == Some("1"));
+    let log = || {
+        let is_set = |name, value| environment.get(name) == Some(value);
+        let reader = match is_set("GITHUB_ACTIONS", "true") {
+            true => Reader::Runner,
+            false => Reader::Person,
+        };
+        Log::new(io::stdout(), reader, is_set("RUNNER_DEBUG", "1"))
+    };
     match command {
         Command::Setup => {
             let program = std::env::current_exe()?;

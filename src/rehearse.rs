@@ -156,7 +156,8 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
     Ok(results)
 }
 
-/// Where one job runs. The workspace has the same path in both jobs, as it has on a runner.
+/// Where one job runs. The workspace and the folder for temporary files are at the same paths in
+/// both jobs, and empty at first, as they are on a runner.
 struct Stage {
     job: &'static str,
     runner: PathBuf,
@@ -176,12 +177,14 @@ impl Stage {
     fn set(root: &Path, job: &'static str, environment: &Environment) -> io::Result<Self> {
         let runner = root.join(job);
         let workspace = root.join("workspace");
+        let temporary = root.join("temporary");
         let mut environment = environment.clone();
-        if workspace.exists() {
-            fs::remove_dir_all(&workspace)?;
-        }
-        let temporary = runner.join("temporary");
         for folder in [&temporary, &workspace] {
+            if folder.exists() {
+                fs::remove_dir_all(folder)?;
+            }
+        }
+        for folder in [&temporary, &workspace, &runner] {
             fs::create_dir_all(folder)?;
         }
         for name in RUNNER_FILES {

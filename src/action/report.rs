@@ -88,7 +88,7 @@ async fn end(state: &State, log: &Log) -> Ending {
     Ending {
         stats,
         raw_stats,
-        server_log: end_of(&state.state_dir.server_log()).unwrap_or_default(),
+        server_log: noteworthy(&end_of(&state.state_dir.server_log()).unwrap_or_default()),
     }
 }
 
@@ -141,6 +141,18 @@ fn end_of(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// The log without what is no trouble: each miss is a warning of opendal's, and so is that the
+/// object by which sccache tries the cache is there already.
+fn noteworthy(log: &str) -> String {
+    let routine = |line: &&str| {
+        line.contains(" opendal::")
+            && (line.contains(": read failed NotFound ")
+                || line.contains(": write failed AlreadyExists "))
+    };
+    let lines: Vec<&str> = log.lines().filter(|line| !routine(line)).collect();
+    lines.join("\n")
+}
+
 fn tell(
     state: &State,
     ending: &Ending,
@@ -176,5 +188,21 @@ fn tell(
 fn add_to_summary(files: &RunnerFiles, markdown: &str, log: &Log) {
     if let Err(error) = files.add_to_summary(markdown) {
         log.info(format!("The job summary could not be written: {error}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_miss_is_no_trouble_and_a_refused_write_is() {
+        let log = "[T WARN  opendal::services] service=ghac path=a: read failed NotFound (permanent) at read\n\
+                   [T WARN  opendal::services] service=ghac path=.sccache_check: write failed AlreadyExists (permanent)\n\
+                   [T WARN  opendal::services] service=ghac path=b: write failed RateLimited (temporary)\n\
+                   [T ERROR sccache::server] NotFound";
+        let shown = noteworthy(log);
+        assert_eq!(shown.lines().count(), 2, "{shown}");
+        assert!(shown.contains("RateLimited") && shown.contains("sccache::server"));
     }
 }

@@ -13,8 +13,18 @@ pub struct Log {
     inner: Arc<Mutex<Inner>>,
 }
 
+/// Who reads a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// A runner, which acts on workflow commands.
+    Runner,
+    /// A person at a terminal.
+    Person,
+}
+
 struct Inner {
     out: Box<dyn Write + Send>,
+    reader: Reader,
     secrets: Vec<String>,
     warnings: usize,
     debug: bool,
@@ -26,10 +36,11 @@ const REDACTED: &str = "***";
 impl Log {
     /// A log that writes to `out`. Debug lines are dropped unless `debug` is set (the runner sets
     /// `RUNNER_DEBUG=1` when its user asks for them).
-    pub fn new(out: impl Write + Send + 'static, debug: bool) -> Self {
+    pub fn new(out: impl Write + Send + 'static, reader: Reader, debug: bool) -> Self {
         Self {
             inner: Arc::new(Mutex::new(Inner {
                 out: Box::new(out),
+                reader,
                 secrets: Vec::new(),
                 warnings: 0,
                 debug,
@@ -40,7 +51,7 @@ impl Log {
     /// A log that keeps its lines, and a way to read them.
     pub fn in_memory() -> (Self, LogLines) {
         let lines = LogLines::default();
-        (Self::new(lines.clone(), true), lines)
+        (Self::new(lines.clone(), Reader::Runner, true), lines)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -72,8 +83,14 @@ impl Log {
 
     /// A line shown only when the user asked the runner for debug output.
     pub fn debug(&self, text: impl AsRef<str>) {
-        if self.lock().debug {
-            self.line("::debug::", &escape_message(text.as_ref()));
+        let (debug, reader) = {
+            let inner = self.lock();
+            (inner.debug, inner.reader)
+        };
+        match (debug, reader) {
+            (true, Reader::Runner) => self.line("::debug::", &escape_message(text.as_ref())),
+            (true, Reader::Person) => self.line("debug: ", text.as_ref()),
+            (false, _) => {}
         }
     }
 
@@ -93,7 +110,15 @@ impl Log {
         self.annotation("error", title, text.as_ref());
     }
 
+    fn reader(&self) -> Reader {
+        self.lock().reader
+    }
+
     fn annotation(&self, command: &str, title: &str, text: &str) {
+        if self.reader() == Reader::Person {
+            self.line(&format!("{command}: "), text);
+            return;
+        }
         self.line(
             &format!("::{command} title={}::", escape_property(title)),
             &escape_message(text),
@@ -107,8 +132,10 @@ impl Log {
         if secret.len() < 4 || inner.secrets.iter().any(|known| known == secret) {
             return;
         }
-        let _ = writeln!(inner.out, "::add-mask::{}", escape_message(secret));
-        let _ = inner.out.flush();
+        if inner.reader == Reader::Runner {
+            let _ = writeln!(inner.out, "::add-mask::{}", escape_message(secret));
+            let _ = inner.out.flush();
+        }
         inner.secrets.push(secret.to_owned());
         // A secret that holds another must be replaced first.
         inner
@@ -123,9 +150,17 @@ impl Log {
 
     /// Writes `lines` as a group that the runner shows folded.
     pub fn group(&self, title: &str, lines: impl AsRef<str>) {
-        self.line("::group::", &escape_message(title));
-        self.info(lines);
-        self.line("::endgroup::", "");
+        match self.reader() {
+            Reader::Runner => {
+                self.line("::group::", &escape_message(title));
+                self.info(lines);
+                self.line("::endgroup::", "");
+            }
+            Reader::Person => {
+                self.line("", title);
+                self.info(lines);
+            }
+        }
     }
 
     /// How many warnings were written.
@@ -192,6 +227,17 @@ mod tests {
         let after_mask = shown.split_once('\n').map(|(_, rest)| rest);
         assert_eq!(shown.matches("hunter22").count(), 1, "{shown}");
         assert_eq!(after_mask.map(|rest| rest.matches("***").count()), Some(6));
+    }
+
+    #[test]
+    fn a_person_reads_no_commands_and_no_secret() {
+        let lines = LogLines::default();
+        let log = Log::new(lines.clone(), Reader::Person, false);
+        log.mask("hunter22");
+        log.warning("title", "a hunter22");
+        log.group("title", "line");
+        log.debug("unasked");
+        assert_eq!(lines.text(), "warning: a ***\ntitle\nline\n");
     }
 
     #[test]

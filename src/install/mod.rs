@@ -169,21 +169,16 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
     let begin = Instant::now();
     let cache =
         ToolCache::of(request.environment, request.platform).map_err(InstallError::NoFolder)?;
+    if let VersionSpec::Exact(version) = request.version
+        && let Some(tool) = tool_for(request, &cache, version)
+    {
+        return Ok(installed(tool, true)).inspect(|installed| tell(installed, begin, log));
+    }
     let mut failures = Vec::new();
     for source in request.sources {
         match from(*source, request, &cache, log).await {
             Ok(installed) => {
-                log.info(format!(
-                    "sccache {} {} in {} ms: {}",
-                    installed.version,
-                    match (installed.from_tool_cache, source) {
-                        (true, _) => "found in the tool cache".to_owned(),
-                        (false, Source::Path) => "found on PATH".to_owned(),
-                        (false, source) => format!("installed from {source}"),
-                    },
-                    begin.elapsed().as_millis(),
-                    installed.path.display()
-                ));
+                tell(&installed, begin, log);
                 return Ok(installed);
             }
             Err(failure) => {
@@ -196,6 +191,20 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
         version: request.version.to_string(),
         failures,
     })
+}
+
+fn tell(installed: &Installed, begin: Instant, log: &Log) {
+    let how = match (installed.from_tool_cache, installed.source) {
+        (true, _) => "found in the tool cache".to_owned(),
+        (false, Source::Path) => "found on PATH".to_owned(),
+        (false, source) => format!("installed from {source}"),
+    };
+    log.info(format!(
+        "sccache {} {how} in {} ms: {}",
+        installed.version,
+        begin.elapsed().as_millis(),
+        installed.path.display()
+    ));
 }
 
 async fn from(
@@ -237,8 +246,7 @@ async fn from_release(
         Err(error) => {
             // Better what is there than nothing, where the newest cannot be found out.
             let mut there = cache.versions(spec).into_iter();
-            let tool =
-                there.find_map(|version| tool_for(request, cache, &version, Source::Release));
+            let tool = there.find_map(|version| tool_for(request, cache, &version));
             let Some(tool) = tool else {
                 return Err(error.into());
             };
@@ -246,7 +254,7 @@ async fn from_release(
             return Ok(installed(tool, true));
         }
     };
-    if let Some(tool) = tool_for(request, cache, &version, Source::Release) {
+    if let Some(tool) = tool_for(request, cache, &version) {
         return Ok(installed(tool, true));
     }
     let asset = request.platform.asset(&version)?;
@@ -282,11 +290,6 @@ async fn from_package(
     request: &Request<'_>,
     cache: &ToolCache,
 ) -> Result<Installed, SourceFailure> {
-    if let VersionSpec::Exact(version) = request.version
-        && let Some(tool) = tool_for(request, cache, version, source)
-    {
-        return Ok(installed(tool, true));
-    }
     let staging = cache.staging()?;
     let folder = staging.path().join("package");
     let (spec, environment) = (request.version, request.environment);
@@ -299,17 +302,13 @@ async fn from_package(
     Ok(installed(tool, false))
 }
 
-/// The tool of this version, if the tool cache has it from `source` and with the checksum asked
-/// for.
-fn tool_for(
-    request: &Request<'_>,
-    cache: &ToolCache,
-    version: &Version,
-    source: Source,
-) -> Option<Tool> {
+/// The tool of this version, if the tool cache has it from a source that is asked for and with the
+/// checksum asked for.
+fn tool_for(request: &Request<'_>, cache: &ToolCache, version: &Version) -> Option<Tool> {
     let wanted = request.checksum.map(|checksum| checksum.to_string());
     cache.find(version).filter(|tool| {
-        tool.record.source == source && (wanted.is_none() || tool.record.archive_sha256 == wanted)
+        request.sources.contains(&tool.record.source)
+            && (wanted.is_none() || tool.record.archive_sha256 == wanted)
     })
 }
 

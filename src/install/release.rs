@@ -148,9 +148,10 @@ pub enum ReleaseError {
 }
 
 impl ReleaseError {
-    fn transfer(url: &Url, error: &reqwest::Error) -> Self {
+    fn transfer(url: &Url, error: reqwest::Error) -> Self {
+        let error = error.without_url();
         let mut text = error.to_string();
-        let mut cause = std::error::Error::source(error);
+        let mut cause = std::error::Error::source(&error);
         while let Some(error) = cause {
             text = format!("{text}: {error}");
             cause = error.source();
@@ -295,7 +296,7 @@ async fn answer(http: &reqwest::Client, url: &Url) -> Result<Response, ReleaseEr
         .get(url.clone())
         .send()
         .await
-        .map_err(|error| ReleaseError::transfer(url, &error))?;
+        .map_err(|error| ReleaseError::transfer(url, error))?;
     let status = response.status();
     if status.is_success() {
         return Ok(response);
@@ -331,7 +332,7 @@ async fn next_piece(
     response
         .chunk()
         .await
-        .map_err(|error| ReleaseError::transfer(url, &error))
+        .map_err(|error| ReleaseError::transfer(url, error))
 }
 
 fn check_size(url: &Url, size: u64, limit: u64) -> Result<(), ReleaseError> {
