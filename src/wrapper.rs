@@ -19,11 +19,9 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
 use crate::sccache::state::StateDir;
 
-/// The status sccache's client exits with for failures of its own (`src/main.rs` of sccache).
-const SCCACHE_FAILED: i32 = 2;
-
-/// How every failure of sccache's own begins on standard error (`sccache: error: …`, `sccache:
-/// encountered fatal error`, `sccache: caused by: …`).
+/// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
+/// encountered fatal error`, `sccache: incremental compilation is prohibited`. Their exit statuses
+/// differ (2, 254 and 1), and compilers use these too.
 const SCCACHE_SPEAKS: &str = "sccache: ";
 
 /// How many failures of sccache are tolerated before the compiles stop asking it. A failed server
@@ -134,19 +132,22 @@ fn outcome_of(child: &mut Child) -> io::Result<(Vec<u8>, ExitStatus)> {
     Ok((stderr, child.wait()?))
 }
 
-/// Why sccache failed, or `None` where the outcome is the compiler's.
-///
-/// Status 2 alone does not tell: some compilers use it too. sccache's failures are told by what it
-/// prints about itself. A client that was killed gave no verdict at all.
+/// Why sccache failed, or `None` where the outcome is the compiler's. A client that was killed gave
+/// no verdict at all.
 fn failure_of_sccache(status: ExitStatus, stderr: &[u8]) -> Option<String> {
     match status.code() {
-        Some(SCCACHE_FAILED) => {
+        Some(0) => None,
+        Some(_) => {
             let text = String::from_utf8_lossy(stderr);
-            text.lines()
-                .find_map(|line| line.strip_prefix(SCCACHE_SPEAKS))
+            let said = text
+                .lines()
+                .filter_map(|line| line.strip_prefix(SCCACHE_SPEAKS));
+            // The first line may only announce the second.
+            said.clone()
+                .find(|line| !line.starts_with("encountered fatal error"))
+                .or_else(|| said.clone().next())
                 .map(str::to_owned)
         }
-        Some(_) => None,
         None => Some(format!("its client was killed ({status})")),
     }
 }
@@ -241,19 +242,37 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_compilers_status_2_is_its_own_and_sccaches_is_not() {
+    fn a_failure_of_sccache_is_told_from_one_of_the_compiler() {
         use std::os::unix::process::ExitStatusExt;
         let exited = |code: i32| ExitStatus::from_raw(code << 8);
         assert_eq!(failure_of_sccache(exited(2), b"a.cu(3): error"), None);
-        assert_eq!(failure_of_sccache(exited(1), b"sccache: error: x"), None);
-        assert_eq!(
-            failure_of_sccache(
-                exited(2),
-                b"noise\nsccache: error: Server startup failed\nmore"
+        assert_eq!(failure_of_sccache(exited(1), b"a.c:1: sccache: odd"), None);
+        assert_eq!(failure_of_sccache(exited(0), b"sccache: warning: x"), None);
+        for (code, said, why) in [
+            (
+                2,
+                "noise\nsccache: error: no server\nmore",
+                "error: no server",
             ),
-            Some("error: Server startup failed".to_owned())
-        );
-        let killed = ExitStatus::from_raw(9);
-        assert!(failure_of_sccache(killed, b"").is_some());
+            (
+                254,
+                "sccache: encountered fatal error\nsccache: error: full",
+                "error: full",
+            ),
+            (
+                254,
+                "sccache: encountered fatal error\n",
+                "encountered fatal error",
+            ),
+            (
+                1,
+                "sccache: incremental is prohibited",
+                "incremental is prohibited",
+            ),
+        ] {
+            let found = failure_of_sccache(exited(code), said.as_bytes());
+            assert_eq!(found.as_deref(), Some(why));
+        }
+        assert!(failure_of_sccache(ExitStatus::from_raw(9), b"").is_some());
     }
 }

@@ -54,13 +54,15 @@ pub async fn run(
     log: &Log,
 ) -> Result<(), ServerError> {
     let folder = temporary.join("sccache-action-probe");
-    let environment = &environment.for_programs();
+    let mut environment = environment.for_programs();
+    // As later steps have it: sccache refuses to run incremental compiles.
+    environment.set("CARGO_INCREMENTAL", "0");
     let probes = [(wrap.rust, RUST), (wrap.c || wrap.cuda, C)];
     for probe in probes
         .iter()
         .filter_map(|(wanted, probe)| wanted.then_some(probe))
     {
-        if let Some(skipped) = try_out(server, environment, &folder, probe).await? {
+        if let Some(skipped) = try_out(server, &environment, &folder, probe).await? {
             log.debug(format!("no probe with {}: {skipped}", probe.command[0]));
         }
     }

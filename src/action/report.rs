@@ -165,6 +165,7 @@ fn tell(
         version: &state.version,
         mode: state.mode,
         cache_location: &state.cache_location,
+        read_only: state.read_only,
         stats: ending.stats.as_ref().map_err(String::as_str),
         raw_stats: &ending.raw_stats,
         uncached: state.state_dir.uncached_compiles(),

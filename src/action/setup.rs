@@ -64,6 +64,7 @@ struct Ready {
     server: Server,
     mode: Mode,
     cache_location: String,
+    read_only: bool,
 }
 
 /// Runs the step. `program` is the path of this process's binary, which later steps call in place
@@ -200,8 +201,8 @@ async fn set_up(
     wrapper::install(program, &state_dir)
         .map_err(SetupError::io("sccache's wrapper could not be installed"))?;
 
-    let (server, mode, cache_location) =
-        start(environment, inputs, &installed, &state_dir, log).await?;
+    let started = start(environment, inputs, &installed, &state_dir, log).await?;
+    let server = started.server;
     let tried = async {
         probe::run(&server, environment, inputs.wrap, &temporary, log)
             .await
@@ -216,8 +217,9 @@ async fn set_up(
         installed,
         state_dir,
         server,
-        mode,
-        cache_location,
+        mode: started.mode,
+        cache_location: started.cache_location,
+        read_only: started.read_only,
     })
 }
 
@@ -242,6 +244,14 @@ async fn install(
     Ok(install::install(&request, log).await?)
 }
 
+/// A server that runs.
+struct Started {
+    server: Server,
+    mode: Mode,
+    cache_location: String,
+    read_only: bool,
+}
+
 /// Starts the server in the mode of this job, or where that cannot be had on the local disk.
 async fn start(
     environment: &Environment,
@@ -249,7 +259,7 @@ async fn start(
     installed: &Installed,
     state_dir: &StateDir,
     log: &Log,
-) -> Result<(Server, Mode, String), SetupError> {
+) -> Result<Started, SetupError> {
     let choice = mode::choose(inputs.mode, environment);
     if let Some(warning) = &choice.warning {
         log.warning(TITLE, warning);
@@ -261,7 +271,12 @@ async fn start(
     };
     let error = match start_with(environment, &storage, installed, state_dir, log).await {
         Ok((server, location)) if storage.mode != Mode::Direct || !is_local(&location) => {
-            return Ok((server, storage.mode, location));
+            return Ok(Started {
+                server,
+                mode: storage.mode,
+                cache_location: location,
+                read_only: storage.read_only,
+            });
         }
         // A build that does not know the variables goes to its disk without a word.
         Ok((server, location)) => {
@@ -273,7 +288,12 @@ async fn start(
                      machine's disk only."
                 ),
             );
-            return Ok((server, Mode::Local, location));
+            return Ok(Started {
+                server,
+                mode: Mode::Local,
+                cache_location: location,
+                read_only: false,
+            });
         }
         Err(error) => error,
     };
@@ -292,10 +312,16 @@ async fn start(
         format!("Objects are kept on this machine's disk only, because {why}"),
     );
     storage.mode = Mode::Local;
+    storage.read_only = inputs.read_only == Some(true) && storage.read_only;
     let (server, location) = start_with(environment, &storage, installed, state_dir, log)
         .await
         .map_err(SetupError::Start)?;
-    Ok((server, Mode::Local, location))
+    Ok(Started {
+        server,
+        mode: Mode::Local,
+        cache_location: location,
+        read_only: storage.read_only,
+    })
 }
 
 fn is_local(cache_location: &str) -> bool {
@@ -400,6 +426,7 @@ fn publish(
         mode: ready.mode,
         version: ready.installed.version.to_string(),
         cache_location: ready.cache_location.clone(),
+        read_only: ready.read_only,
     });
     let told = || {
         files.save_state(&setup.to_variables())?;
@@ -455,8 +482,6 @@ fn exports(
     unless_set("SCCACHE_IGNORE_SERVER_IO_ERROR", "1");
     if wrap.rust {
         unless_set("RUSTC_WRAPPER", &wrapper);
-        // sccache cannot cache what rustc compiles incrementally.
-        unless_set("CARGO_INCREMENTAL", "0");
     }
     if wrap.c {
         unless_set("CMAKE_C_COMPILER_LAUNCHER", &wrapper);
@@ -465,10 +490,23 @@ fn exports(
     if wrap.cuda {
         unless_set("CMAKE_CUDA_COMPILER_LAUNCHER", &wrapper);
     }
+    // sccache does not cache what rustc compiles incrementally: since 0.5 it even refuses to
+    // run it, so this one is not left to what the user has set for builds without sccache.
+    if rust_goes_through_sccache(environment, wrap) {
+        exports.push(("CARGO_INCREMENTAL", "0".to_owned()));
+    }
     exports
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
+}
+
+/// Whether cargo will call sccache: ours, or the workflow's own word for it.
+fn rust_goes_through_sccache(environment: &Environment, wrap: Wrap) -> bool {
+    match environment.get("RUSTC_WRAPPER") {
+        None => wrap.rust,
+        Some(wrapper) => wrapper::is_wrapper(wrapper.as_ref()),
+    }
 }
 
 #[cfg(test)]
@@ -521,6 +559,16 @@ mod tests {
             assert!(!exported.has(name), "{name}");
         }
         assert_eq!(exported.get("SCCACHE_SERVER_PORT"), Some("7"));
+    }
+
+    #[test]
+    fn incremental_builds_are_switched_off_where_sccache_would_refuse_them() {
+        for (wrapper, expected) in [("sccache", Some("0")), ("", None), ("other", None)] {
+            let user =
+                Environment::from_iter([("RUSTC_WRAPPER", wrapper), ("CARGO_INCREMENTAL", "1")]);
+            let exported = exported(&user, Wrap::default(), Mode::Direct);
+            assert_eq!(exported.get("CARGO_INCREMENTAL"), expected, "{wrapper}");
+        }
     }
 
     #[test]

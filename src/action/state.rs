@@ -32,6 +32,8 @@ pub struct State {
     pub version: String,
     /// The cache location in sccache's words.
     pub cache_location: String,
+    /// Whether objects are only read.
+    pub read_only: bool,
 }
 
 const FOLDER: &str = "state-dir";
@@ -39,6 +41,7 @@ const PORT: &str = "port";
 const MODE: &str = "mode";
 const VERSION: &str = "version";
 const LOCATION: &str = "cache-location";
+const READ_ONLY: &str = "read-only";
 const FAILED: &str = "failed";
 
 impl Setup {
@@ -51,6 +54,7 @@ impl Setup {
                 (MODE, state.mode.to_string()),
                 (VERSION, state.version.clone()),
                 (LOCATION, state.cache_location.clone()),
+                (READ_ONLY, state.read_only.to_string()),
             ],
             Self::Failed { reason } => vec![(FAILED, reason.clone())],
         };
@@ -73,6 +77,7 @@ impl Setup {
             mode: Mode::named(get(MODE)?)?,
             version: get(VERSION)?.to_owned(),
             cache_location: get(LOCATION).unwrap_or_default().to_owned(),
+            read_only: get(READ_ONLY) == Some("true"),
         }))
     }
 }
@@ -89,6 +94,7 @@ mod tests {
             mode: Mode::External,
             version: "0.16.0".to_owned(),
             cache_location: "Local disk: \"/x\"".to_owned(),
+            read_only: true,
         });
         let failed = Setup::Failed {
             reason: "no network".to_owned(),

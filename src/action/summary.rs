@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::action::mode::Mode;
-use crate::sccache::stats::{LanguageRow, Stats};
+use crate::sccache::stats::{ErrorKind, LanguageRow, Stats};
 
 /// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
 const SUMMARY_LIMIT: usize = 256 * 1024;
@@ -23,6 +23,8 @@ pub struct Report<'a> {
     pub mode: Mode,
     /// The cache location in sccache's words.
     pub cache_location: &'a str,
+    /// Whether objects were only read.
+    pub read_only: bool,
     /// The statistics, or why there are none.
     pub stats: Result<&'a Stats, &'a str>,
     /// The statistics as sccache printed them.
@@ -97,7 +99,9 @@ fn troubles(report: &Report<'_>) -> Vec<String> {
     let errors: Vec<String> = stats
         .error_counts()
         .iter()
-        .map(|error| format!("{} {}", thousands(error.count), error.what))
+        // sccache counts each write that it was told not to make as failed.
+        .filter(|error| !(report.read_only && error.kind == ErrorKind::Write))
+        .map(|error| format!("{} {}", thousands(error.count), error.kind.in_words()))
         .collect();
     if !errors.is_empty() {
         troubles.push(format!("There were {}.", errors.join(", ")));
@@ -144,9 +148,10 @@ pub fn markdown(report: &Report<'_>) -> String {
     }
     let _ = writeln!(
         text,
-        "<sub>sccache {} · mode {} · {}</sub>",
+        "<sub>sccache {} · mode {}{} · {}</sub>",
         escape(report.version),
         report.mode,
+        if report.read_only { ", read only" } else { "" },
         escape(report.cache_location)
     );
     for (title, raw) in [
@@ -359,8 +364,11 @@ pub fn log_text(report: &Report<'_>) -> String {
     }
     let _ = write!(
         text,
-        "\nsccache {}, mode {}, {}",
-        report.version, report.mode, report.cache_location
+        "\nsccache {}, mode {}{}, {}",
+        report.version,
+        report.mode,
+        if report.read_only { ", read only" } else { "" },
+        report.cache_location
     );
     text
 }
@@ -483,6 +491,7 @@ mod tests {
             version: "0.16.0",
             mode: Mode::Direct,
             cache_location: "GHA, name: sccache-v0.16.0, prefix: /sccache/",
+            read_only: false,
             stats,
             raw_stats,
             uncached: 0,
@@ -585,6 +594,17 @@ mod tests {
             Ok(&self::stats(1, 1, 0, 9)),
             ""
         )));
+    }
+
+    #[test]
+    fn writes_that_were_not_to_be_made_are_no_trouble() {
+        let stats = stats(0, 4, 4, 0);
+        let report = Report {
+            read_only: true,
+            ..report(Ok(&stats), "")
+        };
+        assert!(!is_troubled(&report));
+        assert!(markdown(&report).contains("read only"));
     }
 
     #[test]

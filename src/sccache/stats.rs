@@ -150,11 +150,36 @@ pub struct MeanTimes {
     pub compile: Option<Duration>,
 }
 
+/// What can go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// An error of sccache's own in a compile.
+    Compile,
+    /// A failed read from the cache.
+    Read,
+    /// A read from the cache that took too long.
+    Timeout,
+    /// A failed write to the cache.
+    Write,
+}
+
+impl ErrorKind {
+    /// What it is, to follow a number.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Self::Compile => "errors of sccache in a compile",
+            Self::Read => "cache reads that failed",
+            Self::Timeout => "cache reads that timed out",
+            Self::Write => "cache writes that failed",
+        }
+    }
+}
+
 /// Something that went wrong, and how often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorCount {
-    /// What, in words.
-    pub what: &'static str,
+    /// What.
+    pub kind: ErrorKind,
     /// How often.
     pub count: u64,
 }
@@ -312,14 +337,14 @@ impl Stats {
     pub fn error_counts(&self) -> Vec<ErrorCount> {
         let counts = &self.counts;
         [
-            ("errors of sccache in a compile", self.errors()),
-            ("cache reads that failed", counts.cache_read_errors),
-            ("cache reads that timed out", counts.cache_timeouts),
-            ("cache writes that failed", counts.cache_write_errors),
+            (ErrorKind::Compile, self.errors()),
+            (ErrorKind::Read, counts.cache_read_errors),
+            (ErrorKind::Timeout, counts.cache_timeouts),
+            (ErrorKind::Write, counts.cache_write_errors),
         ]
         .into_iter()
         .filter(|(_, count)| *count > 0)
-        .map(|(what, count)| ErrorCount { what, count })
+        .map(|(kind, count)| ErrorCount { kind, count })
         .collect()
     }
 

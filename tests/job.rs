@@ -1,0 +1,569 @@
+//! Whole jobs: the main step, a build, the post step, with the real sccache and real compilers,
+//! and with each part killed in turn.
+
+#[path = "support/runner.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod runner;
+#[path = "support/tools.rs"]
+mod tools;
+
+use std::fs;
+use std::path::Path;
+
+use runner::{Job, kill};
+use sccache_action::service::{self, Config, Running};
+
+const FILES: usize = 6;
+
+/// A loop over [`FILES`] C files through whatever compiles Rust's C code: `sccache` on `PATH`.
+const BUILD: &str = "for i in 1 2 3 4 5 6; do sccache gcc -c $i.c -o $i.o; done";
+
+fn write_sources(job: &Job) {
+    for i in 1..=FILES {
+        let source = format!("int f{i}(void) {{ return {i}; }}\n");
+        fs::write(job.path("workspace").join(format!("{i}.c")), source).unwrap();
+    }
+}
+
+fn objects(job: &Job) -> usize {
+    (1..=FILES)
+        .filter(|i| job.path("workspace").join(format!("{i}.o")).is_file())
+        .count()
+}
+
+fn remove_objects(job: &Job) {
+    for i in 1..=FILES {
+        fs::remove_file(job.path("workspace").join(format!("{i}.o"))).unwrap();
+    }
+}
+
+/// A cache service in this process, and a runtime that it runs in.
+struct Service {
+    runtime: tokio::runtime::Runtime,
+    running: Option<Running>,
+    url: String,
+    token: String,
+}
+
+impl Service {
+    fn start(folder: &Path) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (token, tokens) = service::single_token("refs/heads/main").unwrap();
+        let config = Config::on_loopback(folder.to_owned(), tokens);
+        let running = runtime.block_on(service::start(config)).unwrap();
+        Self {
+            url: running.url(),
+            token: token.reveal().to_owned(),
+            runtime,
+            running: Some(running),
+        }
+    }
+
+    fn counters(&self) -> service::Snapshot {
+        self.running.as_ref().unwrap().counters()
+    }
+
+    fn stop(&mut self) {
+        if let Some(running) = self.running.take() {
+            self.runtime.block_on(running.shutdown()).unwrap();
+        }
+    }
+}
+
+fn job_with_service(sccache: &str, service: &Service) -> Job {
+    let mut job = Job::with_sccache(&tools::sccache(sccache));
+    job.use_service(&service.url, &service.token);
+    write_sources(&job);
+    job
+}
+
+#[test]
+fn what_one_job_compiled_the_next_has_from_the_cache() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    for version in ["0.16.0", "0.10.0"] {
+        for expected in ["0 hits, 6 misses, 0 errors", "6 hits, 0 misses, 0 errors"] {
+            let job = job_with_service(version, &service);
+            let setup = job.setup().green();
+            assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+            let outputs = job.entries("GITHUB_OUTPUT");
+            assert_eq!(outputs.get("version"), Some(version));
+            assert_eq!(outputs.get("mode"), Some("direct"));
+            job.shell(BUILD).green();
+            assert_eq!(objects(&job), FILES);
+            let report = job.report().green();
+            assert!(report.stdout.contains(expected), "{}", report.stdout);
+            assert!(job.file("GITHUB_STEP_SUMMARY").contains(expected));
+            let notice = "::notice title=sccache::";
+            assert_eq!(report.stdout.matches(notice).count(), 1);
+            assert_eq!(job.server_pid(), None, "the server must be stopped");
+        }
+    }
+    assert!(service.counters().hits > FILES as u64);
+}
+
+#[test]
+fn sccaches_before_version_2_of_the_service_work_through_version_1() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    for expected in ["0 hits, 6 misses", "6 hits, 0 misses"] {
+        let mut job = job_with_service("0.7.7", &service);
+        job.set("ACTIONS_CACHE_URL", service.url.clone());
+        job.setup().green();
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        assert!(report.stdout.contains(expected), "{}", report.stdout);
+    }
+}
+
+#[test]
+fn an_sccache_without_githubs_cache_built_in_goes_to_the_disk_with_one_warning() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let job = job_with_service("debian", &service);
+    let setup = job.setup().green();
+    let warnings = setup.warnings();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(
+        warnings[0].contains("made without the storage"),
+        "{warnings:?}"
+    );
+    assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("local"));
+    assert_eq!(
+        job.entries("GITHUB_OUTPUT").get("version"),
+        Some("0.4.0-pre.6")
+    );
+    assert!(!job.entries("GITHUB_ENV").has("SCCACHE_GHA_ENABLED"));
+    for _ in 0..2 {
+        job.shell(BUILD).green();
+    }
+    let report = job.report().green();
+    assert!(
+        report.stdout.contains("6 hits, 6 misses, 0 errors"),
+        "{}",
+        report.stdout
+    );
+}
+
+#[test]
+fn the_token_is_in_no_later_step_in_no_file_and_in_no_log() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let mut job = job_with_service("0.16.0", &service);
+    job.set("INPUT_TOKEN", "ghs_0123456789abcdef");
+    let mut printed = String::new();
+    for step in [
+        job.setup().green(),
+        job.shell(&format!("env; {BUILD}")).green(),
+        job.report().green(),
+    ] {
+        printed.push_str(&step.stdout);
+        printed.push_str(&step.stderr);
+    }
+    let printed = printed
+        .lines()
+        .filter(|line| !line.starts_with("::add-mask::"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let mut files = Vec::new();
+    all_files(&job.path(""), &mut files);
+    assert!(files.len() > 10);
+    for secret in [service.token.as_str(), "ghs_0123456789abcdef"] {
+        assert!(!printed.contains(secret));
+        for file in &files {
+            let bytes = fs::read(file).unwrap();
+            let found = bytes
+                .windows(secret.len())
+                .any(|part| part == secret.as_bytes());
+            assert!(!found, "{}", file.display());
+        }
+    }
+}
+
+fn all_files(folder: &Path, into: &mut Vec<std::path::PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            all_files(&entry.path(), into);
+        } else if kind.is_file() {
+            into.push(entry.path());
+        }
+    }
+}
+
+#[test]
+fn a_build_goes_on_when_the_server_is_killed_and_the_summary_says_so() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let job = job_with_service("0.16.0", &service);
+    job.setup().green();
+    job.shell(BUILD).green();
+    remove_objects(&job);
+    kill(job.server_pid().unwrap());
+    let build = job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    assert_eq!(
+        build.stderr, "",
+        "a compiler's diagnostics are read by configure scripts"
+    );
+    let report = job.report().green();
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{}", report.stdout);
+    assert!(
+        warnings[0].contains("6 compiles ran without sccache"),
+        "{warnings:?}"
+    );
+    assert!(
+        job.file("GITHUB_STEP_SUMMARY")
+            .contains("6 compiles ran without sccache")
+    );
+}
+
+#[test]
+fn a_compile_error_is_the_compilers_own_with_and_without_the_server() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let job = job_with_service("0.16.0", &service);
+    job.setup().green();
+    fs::write(job.path("workspace/bad.c"), "int broken( {\n").unwrap();
+    let bad = ["gcc", "-c", "bad.c", "-o", "bad.o"];
+    let alone = job.step(&bad);
+    let through: Vec<&str> = std::iter::once("sccache").chain(bad).collect();
+    for killed in [false, true] {
+        if killed {
+            kill(job.server_pid().unwrap());
+        }
+        let step = job.step(&through);
+        assert_eq!(step.status, alone.status);
+        assert_eq!(step.stderr, alone.stderr);
+    }
+}
+
+#[test]
+fn a_build_goes_on_when_the_cache_service_is_gone() {
+    let store = tempfile::tempdir().unwrap();
+    let mut service = Service::start(store.path());
+    let job = job_with_service("0.16.0", &service);
+    job.setup().green();
+    service.stop();
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    let report = job.report().green();
+    assert!(report.stdout.contains("0 hits"), "{}", report.stdout);
+}
+
+#[test]
+fn a_cache_service_that_is_not_there_costs_one_warning_and_the_disk_is_used() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    let port = sccache_action::sccache::server::free_port().unwrap();
+    job.use_service(&format!("http://127.0.0.1:{port}/"), "token-of-nobody");
+    write_sources(&job);
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("local"));
+    job.shell(BUILD).green();
+    job.report().green();
+}
+
+#[test]
+fn without_a_cache_service_the_disk_is_used_and_the_user_hears_why() {
+    let job = Job::with_sccache(&tools::sccache("0.16.0"));
+    write_sources(&job);
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert!(setup.warnings()[0].contains("ACTIONS_RESULTS_URL"));
+    for _ in 0..2 {
+        job.shell(BUILD).green();
+    }
+    let report = job.report().green();
+    assert!(
+        report.stdout.contains("6 hits, 6 misses"),
+        "{}",
+        report.stdout
+    );
+}
+
+#[test]
+fn a_failed_setup_exports_nothing_and_warns_once() {
+    let mut job = Job::new();
+    job.set("PATH", "/nowhere");
+    job.set("INPUT_INSTALL-FROM", "path");
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert!(setup.warnings()[0].contains("goes on without a cache"));
+    for file in ["GITHUB_ENV", "GITHUB_PATH", "GITHUB_OUTPUT"] {
+        assert_eq!(job.file(file), "", "{file}");
+    }
+    let report = job.report().green();
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert!(
+        job.file("GITHUB_STEP_SUMMARY")
+            .contains("sccache was not used")
+    );
+}
+
+#[test]
+fn a_failed_setup_fails_the_step_where_the_user_wants_it() {
+    let mut job = Job::new();
+    job.set("PATH", "/nowhere");
+    job.set("INPUT_INSTALL-FROM", "path");
+    job.set("INPUT_ON-FAILURE", "fail");
+    let setup = job.setup();
+    assert_eq!(setup.status, Some(1));
+    assert_eq!(setup.errors().len(), 1, "{}", setup.stdout);
+}
+
+#[test]
+fn a_workflow_that_names_sccache_itself_still_builds_after_a_failed_setup() {
+    let mut job = Job::new();
+    job.set("INPUT_INSTALL-FROM", "path");
+    job.set("INPUT_VERSION", "0.0.1");
+    job.set("RUSTC_WRAPPER", "sccache");
+    write_sources(&job);
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    job.shell("sccache --show-stats").green();
+}
+
+#[test]
+fn a_binary_that_is_no_sccache_is_not_used() {
+    let job = Job::with_sccache(Path::new("/bin/true"));
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert_eq!(job.file("GITHUB_ENV"), "");
+}
+
+#[test]
+fn an_sccache_that_is_removed_in_the_middle_of_a_job_leaves_the_build_green() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    write_sources(&job);
+    job.set("INPUT_MODE", "local");
+    job.setup().green();
+    fs::remove_file(job.path("tools-on-path/sccache")).unwrap();
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    let report = job.report().green();
+    assert_eq!(report.warnings().len(), 1, "{}", report.stdout);
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_leaves_the_build_green_and_is_named() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    write_sources(&job);
+    job.set("INPUT_MODE", "local");
+    job.set("SCCACHE_DIR", "/dev/full/cache");
+    job.setup().green();
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    let report = job.report().green();
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{}", report.stdout);
+    assert!(
+        warnings[0].contains("failed to create directory"),
+        "{warnings:?}"
+    );
+}
+
+#[test]
+fn files_of_the_runner_that_cannot_be_written_leave_no_server_behind() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    job.set("GITHUB_ENV", "/dev/full");
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    let own = job.path("temporary").display().to_string();
+    let servers = fs::read_dir("/proc").unwrap().filter_map(|process| {
+        let environment = fs::read(process.ok()?.path().join("environ")).ok()?;
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        environment.contains(&own).then_some(())
+    });
+    assert_eq!(servers.count(), 0);
+}
+
+#[test]
+fn each_bad_input_is_an_error_that_names_it_and_fails_the_step() {
+    for (input, value) in [
+        ("version", "newest"),
+        ("checksum", "abc"),
+        ("install-from", "apt"),
+        ("mirror", "here"),
+        ("mode", "fast"),
+        ("namespace", "a b"),
+        ("read-only", "yes"),
+        ("wrap", "go"),
+        ("summary", "1"),
+        ("disable_annotations", "on"),
+        ("on-failure", "stop"),
+    ] {
+        let mut job = Job::new();
+        job.set(&format!("INPUT_{}", input.to_uppercase()), value);
+        let setup = job.setup();
+        assert_eq!(setup.status, Some(1), "{input}");
+        let errors = setup.errors();
+        assert_eq!(errors.len(), 1, "{input}: {}", setup.stdout);
+        assert!(
+            errors[0].contains(&format!("`{input}` is `{value}`")),
+            "{errors:?}"
+        );
+        assert!(errors[0].contains("accepts"), "{errors:?}");
+        // The post step has nothing to add and nothing to fail for.
+        job.report().green();
+    }
+}
+
+#[test]
+fn cargo_and_its_c_code_go_through_the_exported_wrapper() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    for expected in ["0 hits, 2 misses", "2 hits, 0 misses"] {
+        let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+        job.use_service(&service.url, &service.token);
+        // Rust's objects are found again only at the same path.
+        let source = store.path().join("project");
+        let _ = fs::remove_dir_all(&source);
+        fs::create_dir_all(source.join("src")).unwrap();
+        fs::write(
+            source.join("Cargo.toml"),
+            "[package]\nname = \"project\"\nversion = \"0.0.0\"\nedition = \"2024\"\n[workspace]\n",
+        )
+        .unwrap();
+        fs::write(source.join("src/lib.rs"), "pub fn f() -> u32 { 7 }\n").unwrap();
+        fs::write(source.join("c.c"), "int c(void) { return 7; }\n").unwrap();
+        job.setup().green();
+        let exported = job.entries("GITHUB_ENV");
+        assert_eq!(exported.get("CARGO_INCREMENTAL"), Some("0"));
+        assert_eq!(exported.get("RUSTC_WRAPPER"), exported.get("SCCACHE_PATH"));
+        job.shell(&format!(
+            "cd {}; cargo build --quiet; $RUSTC_WRAPPER cc -c c.c -o c.o",
+            source.display()
+        ))
+        .green();
+        let report = job.report().green();
+        assert!(report.stdout.contains(expected), "{}", report.stdout);
+    }
+}
+
+#[test]
+fn what_the_user_set_is_left_alone() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    job.set("RUSTC_WRAPPER", "my-wrapper");
+    job.set("CARGO_INCREMENTAL", "1");
+    job.set("INPUT_WRAP", "rust,c");
+    let setup = job.setup().green();
+    assert!(setup.warnings().is_empty(), "{}", setup.stdout);
+    let exported = job.entries("GITHUB_ENV");
+    assert!(!exported.has("RUSTC_WRAPPER"));
+    assert!(!exported.has("CARGO_INCREMENTAL"));
+    assert!(exported.has("CMAKE_C_COMPILER_LAUNCHER"));
+    assert!(exported.has("CMAKE_CXX_COMPILER_LAUNCHER"));
+    assert!(!exported.has("CMAKE_CUDA_COMPILER_LAUNCHER"));
+}
+
+#[test]
+fn jobs_on_one_machine_have_servers_of_their_own() {
+    let mut jobs = Vec::new();
+    for _ in 0..3 {
+        let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+        job.set("INPUT_MODE", "local");
+        job.set("SCCACHE_SERVER_PORT", {
+            let first: Option<&Job> = jobs.first();
+            first.map_or_else(
+                || {
+                    sccache_action::sccache::server::free_port()
+                        .unwrap()
+                        .to_string()
+                },
+                |first| first.get("SCCACHE_SERVER_PORT").to_owned(),
+            )
+        });
+        job.setup().green();
+        jobs.push(job);
+    }
+    let mut servers: Vec<u32> = jobs.iter().filter_map(Job::server_pid).collect();
+    servers.sort_unstable();
+    servers.dedup();
+    assert_eq!(servers.len(), 3);
+}
+
+#[test]
+fn a_setup_used_twice_in_a_job_reports_twice_and_leaves_nothing() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    write_sources(&job);
+    job.setup().green();
+    let first = job.post_environment();
+    let first_server = job.server_pid().unwrap();
+    job.setup().green();
+    assert_ne!(job.server_pid(), Some(first_server));
+    job.shell(BUILD).green();
+    let second = job.report().green();
+    assert!(second.stdout.contains("6 misses"), "{}", second.stdout);
+    let report = std::process::Command::new(runner::BINARY)
+        .arg("report")
+        .env_clear()
+        .envs(first.iter())
+        .output()
+        .unwrap();
+    assert!(report.status.success());
+    assert!(!Path::new(&format!("/proc/{first_server}/exe")).exists());
+}
+
+#[test]
+fn a_token_that_may_only_read_makes_the_job_read_only() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let mut job = job_with_service("0.16.0", &service);
+    job.set("ACTIONS_CACHE_MODE", "read");
+    let setup = job.setup().green();
+    assert!(setup.stdout.contains("may only read"), "{}", setup.stdout);
+    job.shell(BUILD).green();
+    let report = job.report().green();
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert!(report.stdout.contains("read only"), "{}", report.stdout);
+    assert_eq!(service.counters().reservations, 0);
+}
+
+#[test]
+fn a_namespace_keeps_objects_apart() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    for (namespace, expected) in [
+        ("one", "0 hits, 6 misses"),
+        ("two", "0 hits, 6 misses"),
+        ("one", "6 hits, 0 misses"),
+    ] {
+        let mut job = job_with_service("0.16.0", &service);
+        job.set("INPUT_NAMESPACE", namespace);
+        job.setup().green();
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        assert!(
+            report.stdout.contains(expected),
+            "{namespace}: {}",
+            report.stdout
+        );
+    }
+}
+
+#[test]
+fn the_summary_and_the_annotation_can_be_switched_off() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    job.set("INPUT_SUMMARY", "false");
+    job.set("INPUT_DISABLE_ANNOTATIONS", "true");
+    write_sources(&job);
+    job.setup().green();
+    job.shell(BUILD).green();
+    let report = job.report().green();
+    assert_eq!(job.file("GITHUB_STEP_SUMMARY"), "");
+    assert!(!report.stdout.contains("::notice"), "{}", report.stdout);
+    assert!(report.stdout.contains("6 misses"), "{}", report.stdout);
+}

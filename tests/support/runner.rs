@@ -1,0 +1,272 @@
+//! A runner in small: a folder with the files that a runner gives its steps, and the environment
+//! that goes with them.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use sccache_action::action::environment::Environment;
+use sccache_action::action::runner_files::read_entries;
+use tempfile::TempDir;
+
+/// The binary under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_sccache-action");
+
+/// One job of a runner. What it started is stopped when it is dropped.
+pub struct Job {
+    folder: TempDir,
+    environment: Environment,
+}
+
+const FILES: [&str; 5] = [
+    "GITHUB_ENV",
+    "GITHUB_PATH",
+    "GITHUB_OUTPUT",
+    "GITHUB_STATE",
+    "GITHUB_STEP_SUMMARY",
+];
+
+/// The output of a step.
+pub struct Step {
+    /// Its exit status; `None` where a signal ended it.
+    pub status: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it printed as errors.
+    pub stderr: String,
+}
+
+impl From<Output> for Step {
+    fn from(output: Output) -> Self {
+        Self {
+            status: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Step {
+    /// This step, which must have succeeded.
+    #[track_caller]
+    pub fn green(self) -> Self {
+        assert_eq!(self.status, Some(0), "{}{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// The warnings among the workflow commands.
+    pub fn warnings(&self) -> Vec<&str> {
+        let lines = self.stdout.lines();
+        lines.filter(|line| line.starts_with("::warning")).collect()
+    }
+
+    /// The errors among the workflow commands.
+    pub fn errors(&self) -> Vec<&str> {
+        let lines = self.stdout.lines();
+        lines.filter(|line| line.starts_with("::error")).collect()
+    }
+}
+
+impl Job {
+    /// A job without a cache service, with an empty disk, and with the sccache at this path on
+    /// `PATH` and asked for.
+    pub fn with_sccache(sccache: &Path) -> Self {
+        let mut job = Self::new();
+        let tools = job.path("tools-on-path");
+        fs::create_dir_all(&tools).unwrap();
+        std::os::unix::fs::symlink(sccache, tools.join("sccache")).unwrap();
+        let path = format!("{}:{}", tools.display(), std::env::var("PATH").unwrap());
+        job.set("PATH", path);
+        job.set("INPUT_INSTALL-FROM", "path");
+        job.set("INPUT_VERSION", "latest");
+        job
+    }
+
+    /// A job without sccache.
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut job = Self {
+            folder,
+            environment: Environment::default(),
+        };
+        // What the machine's own environment may say of sccache must not reach the test.
+        for name in [
+            "HOME",
+            "PATH",
+            "RUSTUP_HOME",
+            "CARGO_HOME",
+            "RUSTUP_TOOLCHAIN",
+        ] {
+            if let Ok(value) = std::env::var(name) {
+                job.set(name, value);
+            }
+        }
+        for name in FILES {
+            let file = job.path(name);
+            fs::write(&file, "").unwrap();
+            job.set(name, file.display().to_string());
+        }
+        for (name, folder) in [
+            ("RUNNER_TEMP", "temporary"),
+            ("RUNNER_TOOL_CACHE", "tools"),
+            ("SCCACHE_DIR", "disk-cache"),
+            ("GITHUB_WORKSPACE", "workspace"),
+        ] {
+            let path = job.path(folder);
+            fs::create_dir_all(&path).unwrap();
+            job.set(name, path.display().to_string());
+        }
+        job.set("GITHUB_ACTIONS", "true");
+        job.set("GITHUB_SERVER_URL", "https://github.com");
+        job
+    }
+
+    /// A path in the job's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Sets a variable for all steps, as `env:` of a workflow does.
+    pub fn set(&mut self, name: &str, value: impl Into<String>) {
+        self.environment.set(name, value);
+    }
+
+    /// The variable as the first step has it.
+    pub fn get(&self, name: &str) -> &str {
+        self.environment.get(name).unwrap_or_default()
+    }
+
+    /// Gives the action's steps a cache service.
+    pub fn use_service(&mut self, url: &str, token: &str) {
+        self.set("ACTIONS_RESULTS_URL", url);
+        self.set("ACTIONS_RUNTIME_TOKEN", token);
+    }
+
+    /// What a step has written to one of the runner's files.
+    pub fn file(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// The variables that were exported, or set as outputs or as state.
+    pub fn entries(&self, file: &str) -> Environment {
+        read_entries(&self.file(file)).into_iter().collect()
+    }
+
+    /// The environment of a later step that is not the action's.
+    pub fn later_environment(&self) -> Environment {
+        let mut environment = self.environment.for_programs();
+        for (name, value) in self.entries("GITHUB_ENV").iter() {
+            environment.set(name, value);
+        }
+        for folder in self.file("GITHUB_PATH").lines() {
+            let path = format!("{folder}:{}", environment.get("PATH").unwrap_or_default());
+            environment.set("PATH", path);
+        }
+        environment
+    }
+
+    /// The environment of the action's post step.
+    pub fn post_environment(&self) -> Environment {
+        let mut environment = self.later_environment();
+        for (name, value) in self.environment.iter() {
+            if !environment.has(name) {
+                environment.set(name, value);
+            }
+        }
+        for (name, value) in self.entries("GITHUB_STATE").iter() {
+            environment.set(format!("STATE_{name}"), value);
+        }
+        environment
+    }
+
+    fn run(&self, environment: &Environment, command: &[impl AsRef<OsStr>]) -> Step {
+        let (program, arguments) = command.split_first().unwrap();
+        Command::new(program)
+            .args(arguments)
+            .env_clear()
+            .envs(environment.iter())
+            .current_dir(self.path("workspace"))
+            .output()
+            .unwrap()
+            .into()
+    }
+
+    /// The action's main step.
+    pub fn setup(&self) -> Step {
+        self.run(&self.environment, &[BINARY, "setup"])
+    }
+
+    /// A step that is not the action's.
+    pub fn step(&self, command: &[impl AsRef<OsStr>]) -> Step {
+        self.run(&self.later_environment(), command)
+    }
+
+    /// A step that runs these lines of shell.
+    pub fn shell(&self, lines: &str) -> Step {
+        self.step(&["sh", "-e", "-c", lines])
+    }
+
+    /// The action's post step.
+    pub fn report(&self) -> Step {
+        self.run(&self.post_environment(), &[BINARY, "report"])
+    }
+
+    /// Runs any command with the environment of the action's main step or post step.
+    pub fn action_step(&self, post: bool, command: &[impl AsRef<OsStr>]) -> Step {
+        let environment = match post {
+            true => self.post_environment(),
+            false => self.environment.clone(),
+        };
+        self.run(&environment, command)
+    }
+
+    /// The process that serves sccache's port, if there is one.
+    pub fn server_pid(&self) -> Option<u32> {
+        let port = self.entries("GITHUB_ENV");
+        listener(port.get("SCCACHE_SERVER_PORT")?.parse().ok()?)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if let Some(pid) = self.server_pid() {
+            kill(pid);
+        }
+    }
+}
+
+/// Kills a process at once.
+pub fn kill(pid: u32) {
+    let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(status.unwrap().success());
+    // Until it is gone its port still answers.
+    while Path::new(&format!("/proc/{pid}/fd"))
+        .read_dir()
+        .is_ok_and(|mut files| files.next().is_some())
+    {
+        std::thread::yield_now();
+    }
+}
+
+/// The process that listens on this port of 127.0.0.1, from the system's own tables.
+fn listener(port: u16) -> Option<u32> {
+    const LISTEN: &str = "0A";
+    let table = fs::read_to_string("/proc/net/tcp").ok()?;
+    let address = format!(":{port:04X}");
+    let inode = table.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        (fields[1].ends_with(&address) && fields[3] == LISTEN).then(|| fields[9].to_owned())
+    })?;
+    let socket = format!("socket:[{inode}]");
+    fs::read_dir("/proc").ok()?.find_map(|process| {
+        let process = process.ok()?.path();
+        let pid: u32 = process.file_name()?.to_str()?.parse().ok()?;
+        let mut files = fs::read_dir(process.join("fd")).ok()?;
+        let holds = files.any(|file| {
+            let target = file.and_then(|file| fs::read_link(file.path()));
+            target.is_ok_and(|target| target.as_os_str() == socket.as_str())
+        });
+        holds.then_some(pid)
+    })
+}

@@ -1,0 +1,28 @@
+//! The real programs that the tests drive, as `tests/tools.sh` fetches them.
+
+use std::path::{Path, PathBuf};
+
+fn folder() -> PathBuf {
+    std::env::var_os("SCCACHE_ACTION_TEST_TOOLS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-tools"),
+        PathBuf::from,
+    )
+}
+
+fn found(path: PathBuf) -> PathBuf {
+    assert!(
+        path.exists(),
+        "{} is missing; run tests/tools.sh",
+        path.display()
+    );
+    path
+}
+
+/// The sccache of this version; `debian` is Debian's.
+pub fn sccache(version: &str) -> PathBuf {
+    let binary = match version {
+        "debian" => "usr/bin/sccache",
+        _ => "bin/sccache",
+    };
+    found(folder().join(format!("sccache-{version}")).join(binary))
+}
