@@ -1,6 +1,8 @@
 //! Whole jobs: the main step, a build, the post step, with the real sccache and real compilers,
 //! and with each part killed in turn.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "support/runner.rs"]
 #[allow(dead_code, reason = "each test uses its part")]
 mod runner;

@@ -1,6 +1,8 @@
 //! The JavaScript launcher in `dist/`, under node, with a fake runner's environment: with the
 //! binary that is released, and with binaries that misbehave.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "support/runner.rs"]
 #[allow(dead_code, reason = "each test uses its part")]
 mod runner;

@@ -82,7 +82,6 @@ pub fn unpack(
             _ => return Err(ArchiveError::NotAFile(path)),
         }
     }
-    drop(members);
     // What follows the last member has the checksum of the whole behind it.
     io::copy(&mut unpacked, &mut io::sink())?;
     if unpacked.limit() == 0 {

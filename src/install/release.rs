@@ -102,7 +102,7 @@ pub enum ReleaseError {
     #[error("{url}: {error}")]
     Transfer {
         /// What was asked for.
-        url: Url,
+        url: String,
         /// The reason, with its causes.
         error: String,
         /// Whether the server could not be reached at all.
@@ -112,7 +112,7 @@ pub enum ReleaseError {
     #[error("{url}: {status}")]
     Status {
         /// What was asked for.
-        url: Url,
+        url: String,
         /// The refusal.
         status: StatusCode,
         /// How long the server asked to wait.
@@ -122,18 +122,18 @@ pub enum ReleaseError {
     #[error("{url} has more than {limit} bytes")]
     TooLarge {
         /// What was asked for.
-        url: Url,
+        url: String,
         /// The limit in bytes.
         limit: u64,
     },
     /// The file beside the archive is no checksum.
     #[error("{0} is not a sha256")]
-    NoChecksum(Url),
+    NoChecksum(String),
     /// The archive is not the one that was to be had.
     #[error("{url} has the sha256 {actual}, but {expected} was expected; it was not unpacked")]
     Mismatch {
         /// The archive.
-        url: Url,
+        url: String,
         /// Its checksum.
         actual: Checksum,
         /// What it should be.
@@ -141,7 +141,7 @@ pub enum ReleaseError {
     },
     /// A URL cannot be made of the mirror's.
     #[error("{0} cannot be the base of a URL")]
-    Base(Url),
+    Base(String),
     /// The archive could not be written to the disk.
     #[error("the archive could not be written: {0}")]
     Io(#[from] std::io::Error),
@@ -157,7 +157,7 @@ impl ReleaseError {
             cause = error.source();
         }
         Self::Transfer {
-            url: url.clone(),
+            url: url.to_string(),
             error: text,
             unreachable: error.is_connect(),
         }
@@ -252,7 +252,7 @@ pub async fn download(
     let (expected, actual) = tokio::try_join!(expected, archive)?;
     if !bool::from(actual.0.ct_eq(&expected.0)) {
         return Err(ReleaseError::Mismatch {
-            url,
+            url: url.into(),
             actual,
             expected,
         });
@@ -278,13 +278,13 @@ async fn published_checksum(
         Ok(text)
     })
     .await?;
-    Checksum::of_file(&String::from_utf8_lossy(&text)).map_err(|_| ReleaseError::NoChecksum(url))
+    Checksum::of_file(&String::from_utf8_lossy(&text)).map_err(|_| ReleaseError::NoChecksum(url.into()))
 }
 
 fn asset_url(base: &Url, version: &Version, file: &str) -> Result<Url, ReleaseError> {
     let mut url = base.clone();
     url.path_segments_mut()
-        .map_err(|()| ReleaseError::Base(base.clone()))?
+        .map_err(|()| ReleaseError::Base(base.to_string()))?
         .pop_if_empty()
         .push(&format!("v{version}"))
         .push(file);
@@ -306,7 +306,7 @@ async fn answer(http: &reqwest::Client, url: &Url) -> Result<Response, ReleaseEr
         .get(RETRY_AFTER)
         .and_then(|value| retry_after(value.to_str().ok()?, SystemTime::now()));
     Err(ReleaseError::Status {
-        url: url.clone(),
+        url: url.to_string(),
         status,
         wait,
     })
@@ -340,7 +340,7 @@ fn check_size(url: &Url, size: u64, limit: u64) -> Result<(), ReleaseError> {
         return Ok(());
     }
     Err(ReleaseError::TooLarge {
-        url: url.clone(),
+        url: url.to_string(),
         limit,
     })
 }
