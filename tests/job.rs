@@ -11,9 +11,20 @@ mod tools;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{Method, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::IntoResponse;
 use runner::{Job, kill};
-use sccache_action::service::{self, Config, Running};
+use sccache_action::service::disk::DiskStore;
+use sccache_action::service::{self, Shared};
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 
 const FILES: usize = 6;
 
@@ -39,39 +50,49 @@ fn remove_objects(job: &Job) {
     }
 }
 
-/// A cache service in this process, and a runtime that it runs in.
+/// A cache service in this process, and the runtime that it runs in.
 struct Service {
-    runtime: tokio::runtime::Runtime,
-    running: Option<Running>,
+    runtime: Option<Runtime>,
+    shared: Arc<Shared<DiskStore>>,
     url: String,
     token: String,
 }
 
 impl Service {
     fn start(folder: &Path) -> Self {
+        Self::behind(folder, |router| router)
+    }
+
+    /// A service behind what `layer` puts before it.
+    fn behind(folder: &Path, layer: impl FnOnce(Router) -> Router) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
         let (token, tokens) = service::single_token("refs/heads/main").unwrap();
-        let config = Config::on_loopback(folder.to_owned(), tokens);
-        let running = runtime.block_on(service::start(config)).unwrap();
+        let store = DiskStore::open(folder, service::ENTRY_LIMIT).unwrap();
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared::new(store, tokens, address).unwrap());
+        let router = layer(service::router(shared.clone()));
+        runtime.spawn(axum::serve(listener, router).into_future());
         Self {
-            url: running.url(),
+            runtime: Some(runtime),
+            shared,
+            url: format!("http://{address}/"),
             token: token.reveal().to_owned(),
-            runtime,
-            running: Some(running),
         }
     }
 
     fn counters(&self) -> service::Snapshot {
-        self.running.as_ref().unwrap().counters()
+        self.shared.counters()
     }
 
-    fn stop(&mut self) {
-        if let Some(running) = self.running.take() {
-            self.runtime.block_on(running.shutdown()).unwrap();
+    /// Ends it as a kill would: requests in flight are cut off.
+    fn kill(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
         }
     }
 }
@@ -252,7 +273,7 @@ fn a_build_goes_on_when_the_cache_service_is_gone() {
     let mut service = Service::start(store.path());
     let job = job_with_service("0.16.0", &service);
     job.setup().green();
-    service.stop();
+    service.kill();
     job.shell(BUILD).green();
     assert_eq!(objects(&job), FILES);
     let report = job.report().green();
@@ -568,4 +589,105 @@ fn the_summary_and_the_annotation_can_be_switched_off() {
     assert_eq!(job.file("GITHUB_STEP_SUMMARY"), "");
     assert!(!report.stdout.contains("::notice"), "{}", report.stdout);
     assert!(report.stdout.contains("6 misses"), "{}", report.stdout);
+}
+
+#[test]
+fn objects_that_are_still_on_their_way_at_the_end_of_a_job_are_not_lost() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::behind(store.path(), |router| {
+        router.layer(middleware::from_fn(async |request: Request, next: Next| {
+            if request.method() == Method::PUT {
+                tokio::time::sleep(Duration::from_millis(700)).await;
+            }
+            next.run(request).await
+        }))
+    });
+    let mut job = job_with_service("0.16.0", &service);
+    // Without the probe, each commit is one of the build's.
+    job.set("INPUT_WRAP", "none");
+    job.setup().green();
+    let before = service.counters().commits;
+    job.shell(BUILD).green();
+    let report = job.report().green();
+    assert_eq!(service.counters().commits - before, FILES as u64);
+    assert!(
+        report.stdout.contains("6 objects written"),
+        "{}",
+        report.stdout
+    );
+}
+
+#[test]
+fn a_service_that_refuses_writes_leaves_the_build_green_and_is_named() {
+    for status in [
+        StatusCode::TOO_MANY_REQUESTS,
+        StatusCode::INTERNAL_SERVER_ERROR,
+    ] {
+        let store = tempfile::tempdir().unwrap();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let service = Service::behind(store.path(), |router| {
+            router.layer(middleware::from_fn(move |request: Request, next: Next| {
+                let calls = calls.clone();
+                async move {
+                    // The first write is sccache's own try; when that fails it stays read-only.
+                    let creates = request.uri().path().ends_with("CreateCacheEntry");
+                    if creates && calls.fetch_add(1, Ordering::Relaxed) > 0 {
+                        return (status, [("retry-after", "20")], "").into_response();
+                    }
+                    next.run(request).await
+                }
+            }))
+        });
+        let job = job_with_service("0.16.0", &service);
+        job.setup().green();
+        job.shell(BUILD).green();
+        assert_eq!(objects(&job), FILES);
+        let report = job.report().green();
+        let warnings = report.warnings();
+        assert_eq!(warnings.len(), 1, "{}", report.stdout);
+        assert!(
+            warnings[0].contains("6 cache writes that failed"),
+            "{warnings:?}"
+        );
+    }
+}
+
+#[test]
+fn a_service_that_fails_reads_or_lies_leaves_the_build_green_and_the_objects_right() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let job = job_with_service("0.16.0", &service);
+    job.setup().green();
+    job.shell(BUILD).green();
+    let right: Vec<Vec<u8>> = (1..=FILES).map(|i| object(&job, i)).collect();
+    job.report().green();
+    drop(service);
+    for body in [None, Some("not an object"), Some("")] {
+        let service = Service::behind(store.path(), move |router| {
+            router.layer(middleware::from_fn(
+                move |request: Request, next: Next| async move {
+                    let is_entry = request.uri().path().starts_with("/entries/");
+                    let answer = next.run(request).await;
+                    match body {
+                        Some(body) if is_entry => body.into_response(),
+                        None if is_entry => StatusCode::BAD_GATEWAY.into_response(),
+                        _ => answer,
+                    }
+                },
+            ))
+        });
+        let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+        job.use_service(&service.url, &service.token);
+        write_sources(&job);
+        job.setup().green();
+        job.shell(BUILD).green();
+        for (i, right) in (1..=FILES).zip(&right) {
+            assert!(object(&job, i) == *right, "{body:?} {i}");
+        }
+        job.report().green();
+    }
+}
+
+fn object(job: &Job, i: usize) -> Vec<u8> {
+    fs::read(job.path("workspace").join(format!("{i}.o"))).unwrap()
 }

@@ -25,7 +25,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the writes may stand still before the rest is given up. The server does not say whether
 /// anything is left, so this is also the cost of a count that was off.
-const DRAIN_STALL: Duration = Duration::from_secs(3);
+const DRAIN_STALL: Duration = Duration::from_secs(10);
 
 /// How often the server is asked meanwhile.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(50);

@@ -278,7 +278,8 @@ async fn published_checksum(
         Ok(text)
     })
     .await?;
-    Checksum::of_file(&String::from_utf8_lossy(&text)).map_err(|_| ReleaseError::NoChecksum(url.into()))
+    Checksum::of_file(&String::from_utf8_lossy(&text))
+        .map_err(|_| ReleaseError::NoChecksum(url.into()))
 }
 
 fn asset_url(base: &Url, version: &Version, file: &str) -> Result<Url, ReleaseError> {
