@@ -7,6 +7,7 @@
 #[allow(dead_code, reason = "each test uses its part")]
 mod runner;
 #[path = "support/tools.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
 mod tools;
 
 use std::fs;

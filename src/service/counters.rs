@@ -52,6 +52,8 @@ counters! {
     downloads,
     /// Requests refused for want of a token or a good signature.
     refused,
+    /// Requests of version 1 of the protocol, whatever they are counted as besides.
+    version_1,
     /// Bytes of content received.
     bytes_in,
     /// Bytes of content promised in answers.

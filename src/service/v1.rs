@@ -58,6 +58,7 @@ impl From<StoreError> for Refusal {
 }
 
 fn access<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Arc<Access>, Refusal> {
+    shared.counters.version_1.one();
     shared.access(headers).ok_or_else(|| {
         shared.counters.refused.one();
         Refusal::new(

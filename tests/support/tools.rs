@@ -26,3 +26,8 @@ pub fn sccache(version: &str) -> PathBuf {
     };
     found(folder().join(format!("sccache-{version}")).join(binary))
 }
+
+/// The folder with `node_modules/@actions/cache`.
+pub fn npm() -> PathBuf {
+    found(folder().join("npm"))
+}
