@@ -3,22 +3,34 @@
 use std::sync::Once;
 use std::time::Duration;
 
-/// Time to establish a connection. A runner without a route to the host must not wait a minute for
-/// a cache.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a server may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Time to establish a connection.
+    pub connect: Duration,
+    /// Time without a single byte before a transfer counts as dead.
+    pub read: Duration,
+}
 
-/// Time without a single byte before a transfer counts as dead.
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
+impl Default for Timeouts {
+    /// A runner without a route to the host must not wait minutes for a cache.
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            read: Duration::from_secs(20),
+        }
+    }
+}
 
 /// What servers see. GitHub's API refuses requests without one.
 const USER_AGENT: &str = concat!("sccache-action/", env!("CARGO_PKG_VERSION"));
 
 /// A client that trusts the system's certificates, honours `HTTPS_PROXY`, `HTTP_PROXY` and
-/// `NO_PROXY`, and gives up on a connection after 10 s and on a silent transfer after 30 s.
+/// `NO_PROXY`, and gives up on servers that take longer than `timeouts`.
 ///
 /// # Errors
 /// Where the system's certificates or proxy settings cannot be read.
-pub fn build() -> Result<reqwest::Client, reqwest::Error> {
+pub fn build(timeouts: Timeouts) -> Result<reqwest::Client, reqwest::Error> {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
         // An error means that one is installed already, which serves as well.
@@ -26,7 +38,7 @@ pub fn build() -> Result<reqwest::Client, reqwest::Error> {
     });
     reqwest::Client::builder()
         .user_agent(USER_AGENT)
-        .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(READ_TIMEOUT)
+        .connect_timeout(timeouts.connect)
+        .read_timeout(timeouts.read)
         .build()
 }

@@ -14,6 +14,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode};
+use sccache_action::http_client::Timeouts;
 use sccache_action::service::auth::{Access, BearerToken, Tokens};
 use sccache_action::service::{self, Config, Running, Snapshot};
 use serde_json::{Value, json};
@@ -40,7 +41,7 @@ impl Service {
         Self {
             url: running.url(),
             token: token.to_owned(),
-            client: sccache_action::http_client::build().unwrap(),
+            client: sccache_action::http_client::build(Timeouts::default()).unwrap(),
             running,
         }
     }

@@ -13,6 +13,7 @@ use crate::action::runner_files::{RunnerFiles, Variable};
 use crate::action::state::{Setup, State};
 use crate::action::workflow_command::Log;
 use crate::github;
+use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
 use crate::sccache::server::{self, Server, ServerError};
 use crate::sccache::state::StateDir;
@@ -240,6 +241,7 @@ async fn install(
         releases_url: &inputs.mirror,
         environment,
         platform: Platform::current(),
+        timeouts: Timeouts::default(),
     };
     Ok(install::install(&request, log).await?)
 }

@@ -19,7 +19,7 @@ use url::Url;
 
 use crate::action::environment::Environment;
 use crate::action::workflow_command::Log;
-use crate::http_client;
+use crate::http_client::{self, Timeouts};
 
 pub use crate::install::archive::ArchiveError;
 pub use crate::install::package::PackageError;
@@ -96,6 +96,8 @@ pub struct Request<'a> {
     pub environment: &'a Environment,
     /// Where sccache is to run.
     pub platform: Platform,
+    /// How long servers may take.
+    pub timeouts: Timeouts,
 }
 
 /// An sccache that runs here.
@@ -239,7 +241,7 @@ async fn from_release(
     cache: &ToolCache,
     log: &Log,
 ) -> Result<Installed, SourceFailure> {
-    let http = http_client::build()?;
+    let http = http_client::build(request.timeouts)?;
     let spec = request.version;
     let version = match release::resolve(spec, &http, request.api_url, request.token).await {
         Ok(version) => version,
@@ -270,8 +272,10 @@ async fn from_release(
         log,
     )
     .await?;
-    let binary = staging.path().join("binary");
-    let (target, name) = (binary.clone(), request.platform.binary());
+    // Under another name sccache would take itself for a compiler of that name.
+    let name = request.platform.binary();
+    let binary = staging.path().join(name);
+    let target = binary.clone();
     blocking(move || {
         let archive = std::fs::File::open(archive)?;
         archive::unpack(io::BufReader::new(archive), &asset, name, &target)?;

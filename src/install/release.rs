@@ -34,8 +34,9 @@ const CHECKSUM_LIMIT: u64 = 4 << 10;
 /// How often a request is made before it is given up, the first time among them.
 const ATTEMPTS: usize = 4;
 
-/// How often where the server cannot be reached at all, which rarely mends itself.
-const CONNECT_ATTEMPTS: usize = 2;
+/// How often where the server cannot be reached or says nothing, which costs the whole time-out and
+/// rarely mends itself.
+const SILENT_ATTEMPTS: usize = 2;
 
 /// The longest wait that a server may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -105,8 +106,8 @@ pub enum ReleaseError {
         url: String,
         /// The reason, with its causes.
         error: String,
-        /// Whether the server could not be reached at all.
-        unreachable: bool,
+        /// Whether the server could not be reached or said nothing.
+        silent: bool,
     },
     /// The server refused.
     #[error("{url}: {status}")]
@@ -159,7 +160,7 @@ impl ReleaseError {
         Self::Transfer {
             url: url.to_string(),
             error: text,
-            unreachable: error.is_connect(),
+            silent: error.is_connect() || error.is_timeout(),
         }
     }
 
@@ -185,14 +186,8 @@ impl ReleaseError {
         }
     }
 
-    fn is_unreachable(&self) -> bool {
-        matches!(
-            self,
-            Self::Transfer {
-                unreachable: true,
-                ..
-            }
-        )
+    fn is_silent(&self) -> bool {
+        matches!(self, Self::Transfer { silent: true, .. })
     }
 }
 
@@ -249,7 +244,9 @@ pub async fn download(
         }
     };
     let archive = retried(log, || fetch_to(http, &url, target, log));
-    let (expected, actual) = tokio::try_join!(expected, archive)?;
+    // Both to their end: a download that is dropped may still write to a file that is to go.
+    let (expected, actual) = tokio::join!(expected, archive);
+    let (expected, actual) = (expected?, actual?);
     if !bool::from(actual.0.ct_eq(&expected.0)) {
         return Err(ReleaseError::Mismatch {
             url: url.into(),
@@ -352,7 +349,7 @@ async fn retried<T, F: Future<Output = Result<T, ReleaseError>>>(
     log: &Log,
     request: impl FnMut() -> F,
 ) -> Result<T, ReleaseError> {
-    let mut unreachable = 0;
+    let mut silent = 0;
     request
         .retry(
             ExponentialBuilder::default()
@@ -361,8 +358,8 @@ async fn retried<T, F: Future<Output = Result<T, ReleaseError>>>(
                 .with_jitter(),
         )
         .when(move |error: &ReleaseError| {
-            unreachable += usize::from(error.is_unreachable());
-            error.is_passing() && unreachable < CONNECT_ATTEMPTS
+            silent += usize::from(error.is_silent());
+            error.is_passing() && silent < SILENT_ATTEMPTS
         })
         .adjust(|error: &ReleaseError, wait| wait.map(|wait| error.asked_wait().unwrap_or(wait)))
         .notify(|error: &ReleaseError, wait| {
