@@ -142,6 +142,12 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
     ] {
         environment.set(name, value);
     }
+    // Built elsewhere, the sample would not be built again in the second job.
+    for name in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET_DIR"] {
+        if rehearsal.build.is_empty() {
+            environment.remove(name);
+        }
+    }
     if !environment.has("RUNNER_TOOL_CACHE") {
         let tools = stage.path().join("tools");
         environment.set("RUNNER_TOOL_CACHE", tools.display().to_string());

@@ -13,8 +13,8 @@ pub struct Platform {
     pub arch: &'static str,
 }
 
-/// The targets that sccache releases archives for (`.github/workflows/ci.yml` of sccache 0.16).
-/// Those for Linux are static, so they run whatever the C library.
+/// The targets that sccache releases archives for (`.github/workflows/ci.yml` of sccache; not every
+/// version has them all). Those of musl are static, so they run whatever the C library.
 const TARGETS: [(&str, &str, &str); 10] = [
     ("linux", "x86_64", "x86_64-unknown-linux-musl"),
     ("linux", "aarch64", "aarch64-unknown-linux-musl"),
