@@ -20,7 +20,7 @@ pub struct Cli {
 pub enum Command {
     /// The action's main step: install sccache, start its server, try it, tell later steps
     ///
-    /// Reads its inputs from INPUT_<NAME> variables and writes to the files that GITHUB_ENV,
+    /// Reads its inputs from INPUT_* variables and writes to the files that GITHUB_ENV,
     /// GITHUB_PATH, GITHUB_OUTPUT and GITHUB_STATE name, as the runner has it.
     Setup,
     /// The action's post step: tell how it went, stop the server
@@ -37,7 +37,7 @@ pub enum Command {
     /// A whole job on this machine, cold and then warm: set-up, a build, the summary
     ///
     /// Without a command it builds a small Rust and C project that it brings along. Inputs of the
-    /// action are taken from INPUT_<NAME> variables.
+    /// action are taken from INPUT_* variables.
     Rehearse {
         /// The version of sccache: exact, a range or `latest`
         #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]

@@ -602,3 +602,62 @@ async fn a_link_in_the_tool_cache_leads_nobody_out_of_it() {
     assert_runs(&installed, "0.16.0");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
 }
+
+#[tokio::test]
+async fn cargo_is_asked_for_the_version_as_cargo_has_it() {
+    let server = ReleaseServer::start().await;
+    for (version, asked) in [
+        ("0.16.0", "--version =0.16.0 sccache"),
+        ("0.16", "--version ^0.16 sccache"),
+        ("latest", "/package sccache"),
+    ] {
+        let mut case = Case::new(version).from(&[Source::Cargo]);
+        let programs = case.folder.path().join("programs");
+        fs::create_dir(&programs).unwrap();
+        // Compiling sccache takes minutes; this does with its arguments what cargo would.
+        let script = format!(
+            "#!/bin/sh\necho \"$@\" > {}/asked\nwhile [ \"$1\" != --root ]; do shift; done\n\
+             /bin/mkdir -p \"$2/bin\"\n/bin/cp {} \"$2/bin/\"\n",
+            case.folder.path().display(),
+            tools::sccache("0.16.0").display()
+        );
+        fs::write(programs.join("cargo"), script).unwrap();
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(programs.join("cargo"), executable).unwrap();
+        case.environment.set("PATH", programs.display().to_string());
+        let installed = case.install(&server).await.unwrap();
+        assert_runs(&installed, "0.16.0");
+        assert_eq!(installed.source, Source::Cargo);
+        let arguments = fs::read_to_string(case.folder.path().join("asked")).unwrap();
+        assert!(arguments.contains(asked), "{arguments}");
+        assert!(arguments.contains("--locked"), "{arguments}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_the_environment_is_used() {
+    let (proxy, _) = server_with("0.16.0").await;
+    let case = Case::new("0.16.0");
+    let setup = tokio::process::Command::new(env!("CARGO_BIN_EXE_sccache-action"))
+        .arg("setup")
+        .env_clear()
+        .envs(case.environment.iter())
+        .env("HTTP_PROXY", &proxy.url)
+        .env("http_proxy", &proxy.url)
+        .env("INPUT_MIRROR", "http://releases.example/download")
+        .env("INPUT_VERSION", "0.16.0")
+        .env("INPUT_INSTALL-FROM", "release")
+        .env("INPUT_MODE", "local")
+        .env("INPUT_WRAP", "none")
+        // So that the server is stopped again.
+        .env("GITHUB_ENV", "/dev/full")
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&setup.stdout);
+    assert!(
+        said.contains("sccache 0.16.0 installed from release"),
+        "{said}"
+    );
+    assert_eq!(proxy.asked().len(), 2);
+}

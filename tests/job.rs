@@ -525,8 +525,16 @@ fn a_setup_used_twice_in_a_job_reports_twice_and_leaves_nothing() {
     job.setup().green();
     let first = job.post_environment();
     let first_server = job.server_pid().unwrap();
+    // The second one finds the first one's wrapper on PATH.
+    let path = job.later_environment().get("PATH").unwrap().to_owned();
+    job.set("PATH", path);
     job.setup().green();
     assert_ne!(job.server_pid(), Some(first_server));
+    let installed = job.entries("GITHUB_OUTPUT").get("path").unwrap().to_owned();
+    assert_eq!(
+        installed,
+        job.path("tools-on-path/sccache").display().to_string()
+    );
     job.shell(BUILD).green();
     let second = job.report().green();
     assert!(second.stdout.contains("6 misses"), "{}", second.stdout);
@@ -691,4 +699,44 @@ fn a_service_that_fails_reads_or_lies_leaves_the_build_green_and_the_objects_rig
 
 fn object(job: &Job, i: usize) -> Vec<u8> {
     fs::read(job.path("workspace").join(format!("{i}.o"))).unwrap()
+}
+
+#[test]
+fn a_report_that_finds_nothing_right_leaves_the_job_green() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    job.setup().green();
+    job.set("GITHUB_STEP_SUMMARY", "/dev/full");
+    job.report().green();
+    // The server is stopped by now, the state folder goes as well.
+    let state = job
+        .entries("GITHUB_STATE")
+        .get("state-dir")
+        .unwrap()
+        .to_owned();
+    fs::remove_dir_all(state).unwrap();
+    let report = job.report().green();
+    assert!(
+        report.stdout.contains("no longer there"),
+        "{}",
+        report.stdout
+    );
+    for (name, value) in [("port", "x"), ("mode", ""), ("state-dir", "/nowhere")] {
+        fs::write(job.path("GITHUB_STATE"), format!("{name}={value}\n")).unwrap();
+        job.report().green();
+    }
+}
+
+#[test]
+fn starting_a_server_that_runs_already_is_no_failure() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_MODE", "local");
+    write_sources(&job);
+    job.setup().green();
+    job.shell(&format!(
+        "sccache --start-server; {BUILD}; sccache --show-stats"
+    ))
+    .green();
+    let report = job.report().green();
+    assert!(report.stdout.contains("6 misses"), "{}", report.stdout);
 }

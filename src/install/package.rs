@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::action::environment::Environment;
 use crate::install::version::VersionSpec;
+use crate::sccache::state::StateDir;
 
 /// Time for a client of a registry. cargo compiles sccache, which takes minutes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20 * 60);
@@ -277,14 +278,17 @@ fn binary_in(folder: &Path) -> PathBuf {
         .join(format!("sccache{}", std::env::consts::EXE_SUFFIX))
 }
 
-/// The sccache on `PATH`.
+/// The sccache on `PATH`. Where that is the wrapper of an earlier set-up, it is the sccache behind
+/// it.
 ///
 /// # Errors
 /// Where there is none.
 pub fn path(environment: &Environment) -> Result<PathBuf, PackageError> {
-    environment
+    let found = environment
         .find_program("sccache")
-        .ok_or(PackageError::NoClient("sccache"))
+        .ok_or(PackageError::NoClient("sccache"))?;
+    let behind = StateDir::of_wrapper(&found).and_then(|state| state.sccache());
+    Ok(behind.unwrap_or(found))
 }
 
 #[cfg(test)]

@@ -146,6 +146,7 @@ fn upload_refused(error: &StoreError) -> Response {
         StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
         StoreError::NoSuchBlock => (StatusCode::BAD_REQUEST, "InvalidBlockList"),
         StoreError::AlreadyExists
+        | StoreError::Busy
         | StoreError::SizeMismatch { .. }
         | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
         StoreError::Io(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),

@@ -56,6 +56,32 @@ struct Inner {
 struct Upload {
     name: EntryName,
     used: Instant,
+    /// Requests that write to it right now.
+    writers: usize,
+    /// Set as long as it is being committed: an entry must not change, so nobody may hold its file
+    /// open for writing.
+    committing: bool,
+}
+
+impl Upload {
+    fn is_abandoned(&self) -> bool {
+        self.writers == 0 && !self.committing && self.used.elapsed() >= RESERVATION_LIFETIME
+    }
+}
+
+/// A request that writes to an upload.
+struct Writing<'a> {
+    store: &'a DiskStore,
+    upload: u64,
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        if let Some(upload) = self.store.lock().uploads.get_mut(&self.upload) {
+            upload.writers -= 1;
+            upload.used = Instant::now();
+        }
+    }
 }
 
 /// Why a folder cannot be a store.
@@ -133,14 +159,61 @@ impl DiskStore {
             .join(format!("block-{}", hex::encode(block)))
     }
 
-    fn touch(&self, upload: u64) -> Result<(), StoreError> {
+    /// Lets a request write to `upload` until what this gives is dropped.
+    fn begin_writing(&self, upload: u64) -> Result<Writing<'_>, StoreError> {
         let mut inner = self.lock();
-        let upload = inner
+        let found = inner
             .uploads
             .get_mut(&upload)
+            .filter(|upload| !upload.committing)
             .ok_or(StoreError::NoSuchUpload)?;
-        upload.used = Instant::now();
-        Ok(())
+        found.writers += 1;
+        Ok(Writing {
+            store: self,
+            upload,
+        })
+    }
+
+    /// Moves the content of `upload` to its place as an entry and writes its line.
+    fn commit_content(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
+        let content = self.content_path(upload);
+        let actual = match fs::metadata(&content) {
+            Ok(metadata) => metadata.len(),
+            // Nothing was written, as of an empty entry.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::File::create(&content)?;
+                0
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if actual != size {
+            let claimed = size;
+            return Err(StoreError::SizeMismatch { actual, claimed });
+        }
+        let created = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| {
+                u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+            });
+        let mut inner = self.lock();
+        let name = inner
+            .uploads
+            .get(&upload)
+            .map(|upload| upload.name.clone())
+            .ok_or(StoreError::NoSuchUpload)?;
+        let entry = Entry {
+            id: inner.next(),
+            name,
+            size,
+            created,
+        };
+        fs::rename(&content, self.entry_path(entry.id))?;
+        inner.append(&line(&entry)?)?;
+        inner.forget_upload(upload);
+        inner.names.insert(entry.id, entry.name.clone());
+        inner.sizes.insert(entry.id, entry.size);
+        inner.index.insert(entry.clone());
+        Ok(entry)
     }
 
     async fn write_to(
@@ -278,8 +351,8 @@ impl Store for DiskStore {
             return Err(StoreError::AlreadyExists);
         }
         if let Some(upload) = inner.reserved.get(&name).copied() {
-            let used = inner.uploads.get(&upload).map(|upload| upload.used);
-            if used.is_some_and(|used| used.elapsed() < RESERVATION_LIFETIME) {
+            let abandoned = inner.uploads.get(&upload).is_none_or(Upload::is_abandoned);
+            if !abandoned {
                 return Err(StoreError::AlreadyExists);
             }
             inner.forget_upload(upload);
@@ -289,8 +362,13 @@ impl Store for DiskStore {
         let upload = inner.next();
         fs::create_dir(self.upload_path(upload))?;
         inner.reserved.insert(name.clone(), upload);
-        let used = Instant::now();
-        inner.uploads.insert(upload, Upload { name, used });
+        let reserved = Upload {
+            name,
+            used: Instant::now(),
+            writers: 0,
+            committing: false,
+        };
+        inner.uploads.insert(upload, reserved);
         Ok(upload)
     }
 
@@ -318,7 +396,7 @@ impl Store for DiskStore {
         whole: bool,
         pieces: impl Stream<Item = Piece> + Send,
     ) -> Result<(), StoreError> {
-        self.touch(upload)?;
+        let _writing = self.begin_writing(upload)?;
         let mut file = File::options()
             .create(true)
             .write(true)
@@ -335,13 +413,13 @@ impl Store for DiskStore {
         block: &str,
         pieces: impl Stream<Item = Piece> + Send,
     ) -> Result<(), StoreError> {
-        self.touch(upload)?;
+        let _writing = self.begin_writing(upload)?;
         let mut file = File::create(self.block_path(upload, block)).await?;
         self.write_to(&mut file, 0, pieces).await
     }
 
     async fn join_blocks(&self, upload: u64, blocks: Vec<String>) -> Result<(), StoreError> {
-        self.touch(upload)?;
+        let _writing = self.begin_writing(upload)?;
         let content = self.content_path(upload);
         let paths: Vec<PathBuf> = blocks
             .iter()
@@ -352,46 +430,26 @@ impl Store for DiskStore {
     }
 
     async fn commit(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
-        let name = self.name_of(upload).ok_or(StoreError::NoSuchUpload)?;
-        let content = self.content_path(upload);
-        let actual = match tokio::fs::metadata(&content).await {
-            Ok(metadata) => metadata.len(),
-            // Nothing was written, as of an empty entry.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                File::create(&content).await?;
-                0
+        {
+            let mut inner = self.lock();
+            let found = inner
+                .uploads
+                .get_mut(&upload)
+                .ok_or(StoreError::NoSuchUpload)?;
+            if found.writers > 0 || found.committing {
+                return Err(StoreError::Busy);
             }
-            Err(error) => return Err(error.into()),
-        };
-        if actual != size {
-            let claimed = size;
-            return Err(StoreError::SizeMismatch { actual, claimed });
+            found.committing = true;
         }
-        let created = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| {
-                u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-            });
-        let mut inner = self.lock();
-        // Someone else may have committed it meanwhile.
-        if !inner.uploads.contains_key(&upload) {
-            return Err(StoreError::NoSuchUpload);
+        // Two system calls of microseconds and a line in a file: less than a thread's change.
+        let committed = self.commit_content(upload, size);
+        if let Some(upload) = self.lock().uploads.get_mut(&upload) {
+            upload.committing = false;
         }
-        let entry = Entry {
-            id: inner.next(),
-            name,
-            size,
-            created,
-        };
-        fs::rename(&content, self.entry_path(entry.id))?;
-        inner.append(&line(&entry)?)?;
-        inner.forget_upload(upload);
-        inner.names.insert(entry.id, entry.name.clone());
-        inner.sizes.insert(entry.id, entry.size);
-        inner.index.insert(entry.clone());
-        drop(inner);
-        let _ = fs::remove_dir_all(self.upload_path(upload));
-        Ok(entry)
+        if committed.is_ok() {
+            let _ = fs::remove_dir_all(self.upload_path(upload));
+        }
+        committed
     }
 
     fn find(&self, query: &Query<'_>) -> Option<Entry> {
@@ -590,6 +648,30 @@ mod tests {
             store.commit(upload, 3).await,
             Err(StoreError::NoSuchUpload)
         ));
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_is_being_written_is_not_committed() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let upload = store.reserve(name("a")).unwrap();
+        let pieces_then_commit =
+            stream::once(async { Ok(Bytes::from_static(b"one")) }).chain(stream::once(async {
+                // The first piece is written by now, and the file still open.
+                assert!(matches!(
+                    store.commit(upload, 3).await,
+                    Err(StoreError::Busy)
+                ));
+                Ok(Bytes::new())
+            }));
+        store
+            .write(upload, 0, true, pieces_then_commit)
+            .await
+            .unwrap();
+        store.commit(upload, 3).await.unwrap();
+        let late = store.write(upload, 0, true, pieces(&["two"])).await;
+        assert!(matches!(late, Err(StoreError::NoSuchUpload)));
+        assert_eq!(get(&store, "a").await.as_deref(), Some("one"));
     }
 
     #[tokio::test]

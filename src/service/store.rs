@@ -73,6 +73,9 @@ pub enum StoreError {
     /// No entry of this name or number is being uploaded.
     #[error("there is no such upload")]
     NoSuchUpload,
+    /// The upload is being written or committed right now.
+    #[error("the upload is still being written")]
+    Busy,
     /// The upload is not as long as its client says.
     #[error("the upload has {actual} bytes, not {claimed}")]
     SizeMismatch {

@@ -45,7 +45,7 @@ impl IntoResponse for Refusal {
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         let status = match error {
-            StoreError::AlreadyExists => StatusCode::CONFLICT,
+            StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
             StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
             StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             StoreError::SizeMismatch { .. }

@@ -147,6 +147,7 @@ impl From<StoreError> for TwirpError {
         let (status, code) = match &error {
             StoreError::AlreadyExists => (StatusCode::CONFLICT, "already_exists"),
             StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "not_found"),
+            StoreError::Busy => (StatusCode::PRECONDITION_FAILED, "failed_precondition"),
             StoreError::SizeMismatch { .. }
             | StoreError::NoSuchBlock
             | StoreError::TooLarge { .. }
