@@ -36,12 +36,19 @@ pub enum Command {
     },
     /// A whole job on this machine, cold and then warm: set-up, a build, the summary
     ///
-    /// Without a command it builds a small Rust and C project that it brings along. Inputs of the
-    /// action are taken from INPUT_* variables.
+    /// Without a command it builds a small Rust and C project that it brings along. Other inputs of
+    /// the action are taken from INPUT_* variables.
     Rehearse {
         /// The version of sccache: exact, a range or `latest`
         #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]
         sccache: String,
+        /// Where objects are kept, as the input `mode` has it. In mode local both jobs share a disk,
+        /// as they do on a self-hosted runner
+        #[arg(long)]
+        mode: Option<String>,
+        /// Where sccache may come from, as the input `install-from` has it
+        #[arg(long)]
+        install_from: Option<String>,
         /// The build to run, twice. It should begin by removing what it built before
         #[arg(last = true, value_name = "COMMAND")]
         build: Vec<OsString>,

@@ -72,11 +72,26 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Serve { listen, folder } => serve(listen, folder).await,
-        Command::Rehearse { sccache, build } => {
+        Command::Rehearse {
+            sccache,
+            mode,
+            install_from,
+            build,
+        } => {
+            let mut environment = environment.clone();
+            let inputs = [
+                ("INPUT_VERSION", Some(sccache)),
+                ("INPUT_MODE", mode),
+                ("INPUT_INSTALL-FROM", install_from),
+            ];
+            for (input, value) in inputs {
+                if let Some(value) = value {
+                    environment.set(input, value);
+                }
+            }
             let rehearsal = Rehearsal {
                 program: std::env::current_exe()?,
                 environment,
-                sccache,
                 build,
             };
             let results = rehearse::run(&rehearsal).await?;

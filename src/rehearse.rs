@@ -73,10 +73,8 @@ const SAMPLE: [(&str, &str); 19] = [
 pub struct Rehearsal {
     /// This binary.
     pub program: PathBuf,
-    /// The environment it was started in. Inputs of the action in it are passed on.
+    /// The environment it was started in, with the action's inputs as `INPUT_` variables.
     pub environment: Environment,
-    /// The version of sccache, as the input `version` takes it.
-    pub sccache: String,
     /// The build, or nothing for the sample project.
     pub build: Vec<OsString>,
 }
@@ -136,9 +134,10 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
     let mut environment = rehearsal.environment.clone();
     for (name, value) in [
         ("ACTIONS_RESULTS_URL", running.url().as_str()),
+        // For sccache before 0.10, which speaks version 1 of the protocol.
+        ("ACTIONS_CACHE_URL", running.url().as_str()),
         ("ACTIONS_RUNTIME_TOKEN", token.reveal()),
         ("GITHUB_SERVER_URL", "https://github.com"),
-        ("INPUT_VERSION", &rehearsal.sccache),
     ] {
         environment.set(name, value);
     }
@@ -200,8 +199,13 @@ impl Stage {
         }
         environment.set("RUNNER_TEMP", temporary.display().to_string());
         environment.set("GITHUB_WORKSPACE", workspace.display().to_string());
-        // A runner's disk is empty at first, so nothing may be found on this one's.
-        let disk = runner.join("disk-cache").display().to_string();
+        // A runner's disk is empty at first, so nothing may be found on this one's; unless the disk
+        // is where objects are to be kept.
+        let keeper = match environment.get("INPUT_MODE") {
+            Some("local") => root,
+            _ => &runner,
+        };
+        let disk = keeper.join("disk-cache").display().to_string();
         environment.set("SCCACHE_DIR", disk);
         for (path, text) in SAMPLE {
             let path = workspace.join(path);
