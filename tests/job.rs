@@ -14,7 +14,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::Request;
@@ -124,7 +124,7 @@ fn what_one_job_compiled_the_next_has_from_the_cache() {
             assert!(job.file("GITHUB_STEP_SUMMARY").contains(expected));
             let notice = "::notice title=sccache::";
             assert_eq!(report.stdout.matches(notice).count(), 1);
-            assert_eq!(job.server_pid(), None, "the server must be stopped");
+            job.server_ends();
         }
     }
     assert!(service.counters().hits > FILES as u64);
@@ -403,12 +403,19 @@ fn files_of_the_runner_that_cannot_be_written_leave_no_server_behind() {
     let setup = job.setup().green();
     assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
     let own = job.path("temporary").display().to_string();
-    let servers = fs::read_dir("/proc").unwrap().filter_map(|process| {
-        let environment = fs::read(process.ok()?.path().join("environ")).ok()?;
-        let environment = String::from_utf8_lossy(&environment).into_owned();
-        environment.contains(&own).then_some(())
-    });
-    assert_eq!(servers.count(), 0);
+    let servers = || {
+        let processes = fs::read_dir("/proc").unwrap();
+        let environments =
+            processes.filter_map(|process| fs::read(process.ok()?.path().join("environ")).ok());
+        environments
+            .filter(|environment| String::from_utf8_lossy(environment).contains(&own))
+            .count()
+    };
+    // A server that was stopped answers first and ends then.
+    let begin = Instant::now();
+    while servers() > 0 {
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
 }
 
 #[test]
@@ -545,7 +552,7 @@ fn a_setup_used_twice_in_a_job_reports_twice_and_leaves_nothing() {
         .output()
         .unwrap();
     assert!(report.status.success());
-    assert!(!Path::new(&format!("/proc/{first_server}/exe")).exists());
+    runner::port_is_left(first.get("SCCACHE_SERVER_PORT").unwrap());
 }
 
 #[test]
@@ -739,4 +746,40 @@ fn starting_a_server_that_runs_already_is_no_failure() {
     .green();
     let report = job.report().green();
     assert!(report.stdout.contains("6 misses"), "{}", report.stdout);
+}
+
+#[test]
+fn a_service_that_never_answers_costs_seconds_and_one_warning() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::behind(store.path(), |router| {
+        router.layer(middleware::from_fn(async |_: Request, _: Next| {
+            std::future::pending::<StatusCode>().await
+        }))
+    });
+    let job = job_with_service("0.16.0", &service);
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("local"));
+    job.shell(BUILD).green();
+    let report = job.report().green();
+    assert!(report.stdout.contains("6 misses"), "{}", report.stdout);
+}
+
+#[test]
+fn whoever_wants_no_less_than_asked_for_gets_no_disk_instead() {
+    for (url, expected) in [
+        (None, "no cache service"),
+        (Some("http://127.0.0.1:1/"), "direct"),
+    ] {
+        let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+        job.set("INPUT_ON-FAILURE", "fail");
+        if let Some(url) = url {
+            job.use_service(url, "token-of-nobody");
+        }
+        let setup = job.setup();
+        assert_eq!(setup.status, Some(1), "{}", setup.stdout);
+        assert_eq!((setup.errors().len(), setup.warnings().len()), (1, 0));
+        assert!(setup.errors()[0].contains(expected), "{}", setup.stdout);
+        assert_eq!(job.file("GITHUB_ENV"), "");
+    }
 }

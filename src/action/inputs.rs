@@ -58,6 +58,8 @@ pub struct Inputs {
     pub summary: bool,
     /// Whether there is to be an annotation.
     pub annotations: bool,
+    /// What becomes of the step when sccache cannot be set up.
+    pub on_failure: OnFailure,
 }
 
 /// The compilers whose launcher variables are exported.
@@ -114,6 +116,7 @@ impl Inputs {
             wrap: wrap(text("wrap").unwrap_or("rust"))?,
             summary: boolean(environment, "summary")?.unwrap_or(true),
             annotations: !boolean(environment, "disable_annotations")?.unwrap_or(false),
+            on_failure: on_failure(text("on-failure").unwrap_or("warn"))?,
         })
     }
 }
@@ -147,16 +150,11 @@ where
         .transpose()
 }
 
-/// What to do when sccache cannot be set up. Read on its own, since it decides what becomes of an
-/// error in the other inputs' effects.
-///
-/// # Errors
-/// Where the value is neither `warn` nor `fail`.
-pub fn on_failure(environment: &Environment) -> Result<OnFailure, InputError> {
-    match value(environment, "on-failure") {
-        None | Some("warn") => Ok(OnFailure::Warn),
-        Some("fail") => Ok(OnFailure::Fail),
-        Some(other) => Err(bad("on-failure", other, "it accepts `warn` and `fail`")),
+fn on_failure(text: &str) -> Result<OnFailure, InputError> {
+    match text {
+        "warn" => Ok(OnFailure::Warn),
+        "fail" => Ok(OnFailure::Fail),
+        other => Err(bad("on-failure", other, "it accepts `warn` and `fail`")),
     }
 }
 
@@ -263,7 +261,7 @@ mod tests {
         assert_eq!(inputs.read_only, None);
         assert!(inputs.wrap.rust && !inputs.wrap.c && !inputs.wrap.cuda);
         assert!(inputs.summary && inputs.annotations);
-        assert_eq!(on_failure(&Environment::default()), Ok(OnFailure::Warn));
+        assert_eq!(inputs.on_failure, OnFailure::Warn);
     }
 
     #[test]
@@ -283,6 +281,7 @@ mod tests {
             ("wrap", "none,rust", "rust"),
             ("summary", "1", "false"),
             ("disable_annotations", "on", "false"),
+            ("on-failure", "stop", "warn"),
         ] {
             let error = Inputs::parse(&with(input, value)).unwrap_err();
             let message = error.to_string();
@@ -291,10 +290,6 @@ mod tests {
             assert!(message.contains(&format!("`{value}`")), "{message}");
             assert!(message.contains(accepted), "{message}");
         }
-        let message = on_failure(&with("on-failure", "stop"))
-            .unwrap_err()
-            .to_string();
-        assert!(message.contains("`on-failure`") && message.contains("`warn`"));
     }
 
     #[test]
@@ -336,7 +331,6 @@ mod tests {
         let by_action = Inputs::parse(&defaults).unwrap();
         let by_code = Inputs::parse(&Environment::default()).unwrap();
         assert_eq!(format!("{by_action:?}"), format!("{by_code:?}"));
-        assert_eq!(on_failure(&defaults), Ok(OnFailure::Warn));
         // A misspelt name here or there would read as "not given".
         let names: Vec<&str> = action.inputs.keys().map(String::as_str).collect();
         assert_eq!(

@@ -65,7 +65,7 @@ const EXTERNAL_STORAGE: [&str; 13] = [
 pub struct Choice {
     /// The mode to try.
     pub mode: Mode,
-    /// Why it is not the one that was asked for.
+    /// Why it is not the one that was asked for, in words that follow "because".
     pub warning: Option<String>,
 }
 
@@ -76,8 +76,8 @@ pub fn choose(requested: Option<Mode>, environment: &Environment) -> Choice {
         return Choice {
             mode: Mode::Local,
             warning: Some(
-                "The runner gave this step no cache service (ACTIONS_RESULTS_URL, ACTIONS_CACHE_URL \
-                 and ACTIONS_RUNTIME_TOKEN), so objects are kept on this machine's disk only."
+                "the runner gave this step no cache service (ACTIONS_RESULTS_URL or \
+                 ACTIONS_CACHE_URL, and ACTIONS_RUNTIME_TOKEN)"
                     .to_owned(),
             ),
         };

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::action::environment::Environment;
-use crate::action::inputs::{self, InputError, Inputs, OnFailure, Secret, Wrap};
+use crate::action::inputs::{Inputs, OnFailure, Secret, Wrap};
 use crate::action::mode::{self, Mode, READ_ONLY_SINCE, Storage};
 use crate::action::probe;
 use crate::action::runner_files::{RunnerFiles, Variable};
@@ -39,6 +39,8 @@ pub enum Outcome {
 enum SetupError {
     #[error(transparent)]
     Install(#[from] InstallError),
+    #[error("objects cannot be kept where they should be: {0}")]
+    Mode(String),
     #[error("the sccache server did not start: {0}")]
     Start(#[source] ServerError),
     #[error("sccache does not get a compile done: {0}")]
@@ -76,11 +78,12 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
             log.mask(secret);
         }
     }
-    let read = Inputs::parse(environment)
-        .and_then(|inputs| Ok((inputs, inputs::on_failure(environment)?)));
-    let (inputs, on_failure) = match read {
-        Ok(read) => read,
-        Err(error) => return bad_input(&error, log),
+    let inputs = match Inputs::parse(environment) {
+        Ok(inputs) => inputs,
+        Err(error) => {
+            log.error(TITLE, error.to_string());
+            return Outcome::Failed;
+        }
     };
     let files = RunnerFiles::of(environment);
     let outcome = match set_up(environment, &inputs, program, log).await {
@@ -99,13 +102,8 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
             log.info(greeting(&ready));
             Outcome::Done
         }
-        Err(error) => failed(environment, &error, on_failure, program, &files, log),
+        Err(error) => failed(environment, &error, &inputs, program, &files, log),
     }
-}
-
-fn bad_input(error: &InputError, log: &Log) -> Outcome {
-    log.error(TITLE, error.to_string());
-    Outcome::Failed
 }
 
 fn greeting(ready: &Ready) -> String {
@@ -120,12 +118,12 @@ fn greeting(ready: &Ready) -> String {
 fn failed(
     environment: &Environment,
     error: &SetupError,
-    on_failure: OnFailure,
+    inputs: &Inputs,
     program: &Path,
     files: &RunnerFiles,
     log: &Log,
 ) -> Outcome {
-    if on_failure == OnFailure::Fail {
+    if inputs.on_failure == OnFailure::Fail {
         log.error(TITLE, format!("sccache cannot be set up: {error}"));
         return Outcome::Failed;
     }
@@ -263,67 +261,53 @@ async fn start(
     log: &Log,
 ) -> Result<Started, SetupError> {
     let choice = mode::choose(inputs.mode, environment);
-    if let Some(warning) = &choice.warning {
-        log.warning(TITLE, warning);
+    if let Some(why) = choice.warning {
+        settle_for_the_disk(inputs, why, log)?;
     }
     let mut storage = Storage {
         mode: choice.mode,
         namespace: inputs.namespace.as_deref(),
         read_only: read_only(environment, inputs, installed, choice.mode, log),
     };
-    let error = match start_with(environment, &storage, installed, state_dir, log).await {
-        Ok((server, location)) if storage.mode != Mode::Direct || !is_local(&location) => {
-            return Ok(Started {
-                server,
-                mode: storage.mode,
-                cache_location: location,
-                read_only: storage.read_only,
-            });
-        }
+    let version = &installed.version;
+    let why = match start_with(environment, &storage, installed, state_dir, log).await {
         // A build that does not know the variables goes to its disk without a word.
-        Ok((server, location)) => {
-            let version = &installed.version;
-            log.warning(
-                TITLE,
-                format!(
-                    "sccache {version} does not use GitHub's cache, so objects are kept on this \
-                     machine's disk only."
-                ),
-            );
-            return Ok(Started {
-                server,
-                mode: Mode::Local,
-                cache_location: location,
-                read_only: false,
-            });
+        Ok(started) if storage.mode == Mode::Direct && is_local(&started.cache_location) => {
+            let _ = started.server.stop().await;
+            format!("sccache {version} does not use GitHub's cache")
         }
-        Err(error) => error,
-    };
-    if storage.mode == Mode::Local {
-        return Err(SetupError::Start(error));
-    }
-    let why = match &error {
-        error if error.storage_not_built_in() => format!(
-            "this build of sccache {} was made without the storage of mode {}",
-            installed.version, storage.mode
+        Ok(mut started) => {
+            if is_local(&started.cache_location) {
+                started.mode = Mode::Local;
+            }
+            return Ok(started);
+        }
+        Err(error) if storage.mode == Mode::Local => return Err(SetupError::Start(error)),
+        Err(error) if error.storage_not_built_in() => format!(
+            "this build of sccache {version} was made without the storage of mode {}",
+            storage.mode
         ),
-        error => format!("mode {} cannot be had: {error}", storage.mode),
+        Err(error) => format!("mode {} cannot be had: {error}", storage.mode),
     };
+    settle_for_the_disk(inputs, why, log)?;
+    storage.mode = Mode::Local;
+    storage.read_only = inputs.read_only == Some(true) && storage.read_only;
+    start_with(environment, &storage, installed, state_dir, log)
+        .await
+        .map_err(SetupError::Start)
+}
+
+/// Says why objects are kept on the disk and not where they should be, or fails where the user
+/// wants no less than asked for.
+fn settle_for_the_disk(inputs: &Inputs, why: String, log: &Log) -> Result<(), SetupError> {
+    if inputs.on_failure == OnFailure::Fail {
+        return Err(SetupError::Mode(why));
+    }
     log.warning(
         TITLE,
         format!("Objects are kept on this machine's disk only, because {why}"),
     );
-    storage.mode = Mode::Local;
-    storage.read_only = inputs.read_only == Some(true) && storage.read_only;
-    let (server, location) = start_with(environment, &storage, installed, state_dir, log)
-        .await
-        .map_err(SetupError::Start)?;
-    Ok(Started {
-        server,
-        mode: Mode::Local,
-        cache_location: location,
-        read_only: storage.read_only,
-    })
+    Ok(())
 }
 
 fn is_local(cache_location: &str) -> bool {
@@ -365,7 +349,7 @@ async fn start_with(
     installed: &Installed,
     state_dir: &StateDir,
     log: &Log,
-) -> Result<(Server, String), ServerError> {
+) -> Result<Started, ServerError> {
     let mut server_environment = mode::server_environment(environment, storage);
     if !server_environment.has("SCCACHE_ERROR_LOG") {
         let path = state_dir.server_log().display().to_string();
@@ -412,7 +396,12 @@ async fn start_with(
             return Err(error);
         }
     };
-    Ok((server, location.unwrap_or_default()))
+    Ok(Started {
+        server,
+        mode: storage.mode,
+        cache_location: location.unwrap_or_default(),
+        read_only: storage.read_only,
+    })
 }
 
 /// Tells the post step and later steps.

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use sccache_action::action::environment::Environment;
 use sccache_action::action::runner_files::read_entries;
@@ -221,6 +222,14 @@ impl Job {
         self.run(&environment, command)
     }
 
+    /// Waits until sccache's port is served no more: a server that was stopped answers first and
+    /// ends then.
+    #[track_caller]
+    pub fn server_ends(&self) {
+        let environment = self.entries("GITHUB_ENV");
+        port_is_left(environment.get("SCCACHE_SERVER_PORT").unwrap());
+    }
+
     /// The process that serves sccache's port, if there is one.
     pub fn server_pid(&self) -> Option<u32> {
         let port = self.entries("GITHUB_ENV");
@@ -233,6 +242,20 @@ impl Drop for Job {
         if let Some(pid) = self.server_pid() {
             kill(pid);
         }
+    }
+}
+
+/// Waits until this port is served no more.
+#[track_caller]
+pub fn port_is_left(port: &str) {
+    let port = port.parse().unwrap();
+    let begin = Instant::now();
+    while listener(port).is_some() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "{port} is served"
+        );
+        std::thread::yield_now();
     }
 }
 
