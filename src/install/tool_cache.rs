@@ -4,6 +4,7 @@
 //! sccache/0.16.0/x64/sccache               the binary
 //! sccache/0.16.0/x64/sccache-action.json   where it came from, and its sha256
 //! sccache/0.16.0/x64.complete              says that the folder is whole
+//! sccache/0.16.0/x64.lock                  held while one is installed
 //! ```
 
 use std::fs::{self, File};
@@ -93,10 +94,18 @@ impl ToolCache {
     }
 
     fn marker(&self, version: &Version) -> PathBuf {
+        self.beside_folder(version, "complete")
+    }
+
+    fn lock(&self, version: &Version) -> PathBuf {
+        self.beside_folder(version, "lock")
+    }
+
+    fn beside_folder(&self, version: &Version, extension: &str) -> PathBuf {
         // Not `with_extension`, which would cut a version at its last dot.
         let arch = self.platform.tool_cache_arch();
         self.folder(version)
-            .with_file_name(format!("{arch}.complete"))
+            .with_file_name(format!("{arch}.{extension}"))
     }
 
     /// The tool of this version, if it is there, whole and as it was installed. One that another
@@ -135,8 +144,8 @@ impl ToolCache {
 
     /// Moves `binary`, a file in `staging`, to its place with a record of its origin.
     ///
-    /// Another process may do the same at the same time: whoever comes second finds a tool in place
-    /// and takes that one, if it is as good.
+    /// Another process may do the same at the same time: whoever comes second waits, finds a tool
+    /// in place and takes that one, if it is as good.
     ///
     /// # Errors
     /// Where the files cannot be written.
@@ -161,33 +170,30 @@ impl ToolCache {
         if let Some(parent) = folder.parent() {
             fs::create_dir_all(parent)?;
         }
-        let tool = || Tool {
+        // It ends with the file, also when this process is killed.
+        let lock = File::create(self.lock(version))?;
+        lock.lock()?;
+        if let Some(found) = self.find(version)
+            && found.record == record
+        {
+            return Ok(found);
+        }
+        // What is there is half written, changed, or another action's.
+        for remains in [self.marker(version), folder.clone()] {
+            match fs::rename(&remains, staging.path().join("replaced")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            // The next one takes its place; what cannot be removed goes with the staging folder.
+            let _ = fs::remove_file(staging.path().join("replaced"));
+        }
+        fs::rename(&whole, &folder)?;
+        File::create(self.marker(version))?;
+        Ok(Tool {
             path: folder.join(self.platform.binary()),
             version: version.clone(),
-            record: record.clone(),
-        };
-        // A rename onto a folder that is not empty fails, so nobody's tool is replaced unseen.
-        let mut moved = fs::rename(&whole, &folder);
-        if moved.is_err() {
-            if let Some(found) = self.find(version)
-                && found.record == record
-            {
-                return Ok(found);
-            }
-            // What is there is half written, changed, or another action's.
-            let _ = fs::remove_file(self.marker(version));
-            fs::rename(&folder, staging.path().join("replaced"))?;
-            moved = fs::rename(&whole, &folder);
-        }
-        match moved {
-            Ok(()) => {}
-            Err(error) => {
-                // Somebody else was quicker once more.
-                return self.find(version).ok_or(error);
-            }
-        }
-        File::create(self.marker(version))?;
-        Ok(tool())
+            record,
+        })
     }
 }
 

@@ -20,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use fs4::fs_std::FileExt;
 use futures_util::{Stream, StreamExt};
 use tokio::fs::File;
 use tokio::io::{AsyncSeekExt, AsyncWriteExt};
@@ -115,8 +114,10 @@ impl DiskStore {
         fs::create_dir_all(root).map_err(at(root))?;
         let lock_path = root.join("lock");
         let lock = fs::File::create(&lock_path).map_err(at(&lock_path))?;
-        if !FileExt::try_lock_exclusive(&lock).map_err(at(&lock_path))? {
-            return Err(OpenError::InUse(root.to_owned()));
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(root.to_owned())),
+            Err(fs::TryLockError::Error(error)) => return Err(at(&lock_path)(error)),
         }
         let uploads = root.join("uploads");
         match fs::remove_dir_all(&uploads) {
