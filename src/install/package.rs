@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use backon::{ConstantBuilder, Retryable};
 use semver::Version;
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -20,6 +21,10 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// Time for sccache to say its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often, and how far apart, a program is started whose file is still busy.
+const BUSY_ATTEMPTS: usize = 50;
+const BUSY_DELAY: Duration = Duration::from_millis(20);
 
 /// How much of what a client prints is kept in an error, in characters.
 const KEPT_OUTPUT: usize = 400;
@@ -90,13 +95,24 @@ async fn run(
     limit: Duration,
 ) -> Result<String, PackageError> {
     let name = || program.display().to_string();
-    let output = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .envs(environment.for_programs().iter())
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
+    let call = || {
+        Command::new(program)
+            .args(arguments)
+            .env_clear()
+            .envs(environment.for_programs().iter())
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+    };
+    // A process that is being started by another thread holds what that thread had open for
+    // writing until it has become its program: a file just written is busy for a moment.
+    let output = call
+        .retry(
+            ConstantBuilder::new()
+                .with_delay(BUSY_DELAY)
+                .with_max_times(BUSY_ATTEMPTS),
+        )
+        .when(|error| error.kind() == io::ErrorKind::ExecutableFileBusy);
     let output = match timeout(limit, output).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => {
