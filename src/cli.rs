@@ -25,6 +25,11 @@ pub enum Command {
     Setup,
     /// The action's post step: tell how it went, stop the server
     Report,
+    /// The packed relay between sccache and GitHub's cache. The main step starts it
+    ///
+    /// Reads its configuration from standard input and says its port on standard output.
+    #[command(hide = true)]
+    Relay,
     /// A cache service that speaks GitHub's protocols, for tests and machines without one
     Serve {
         /// Where to listen

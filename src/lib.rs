@@ -10,6 +10,9 @@ pub mod github;
 pub mod http_client;
 pub mod install;
 pub mod rehearse;
+pub mod relay;
 pub mod sccache;
+
 pub mod service;
+pub mod store;
 pub mod wrapper;

@@ -1,7 +1,7 @@
 //! The command line: which part of the library this process is.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,6 +12,7 @@ use sccache_action::action::workflow_command::{Log, Reader};
 use sccache_action::action::{report, setup};
 use sccache_action::cli::{Cli, Command};
 use sccache_action::rehearse::{self, Rehearsal};
+use sccache_action::relay;
 use sccache_action::service::{self, Config};
 use sccache_action::wrapper;
 
@@ -40,7 +41,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
     let runtime = match command {
         Command::Setup | Command::Report => tokio::runtime::Builder::new_current_thread(),
-        Command::Serve { .. } | Command::Rehearse { .. } => {
+        Command::Relay | Command::Serve { .. } | Command::Rehearse { .. } => {
             tokio::runtime::Builder::new_multi_thread()
         }
     }
@@ -69,6 +70,12 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Report => {
             report::run(&environment, &log()).await;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Relay => {
+            let mut config = Vec::new();
+            io::stdin().read_to_end(&mut config)?;
+            relay::run(&config, io::stdout()).await?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Serve { listen, folder } => serve(listen, folder).await,

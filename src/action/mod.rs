@@ -7,6 +7,7 @@ pub mod mode;
 mod probe;
 pub mod report;
 pub mod runner_files;
+pub mod scopes;
 pub mod setup;
 mod state;
 pub mod summary;

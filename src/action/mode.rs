@@ -1,15 +1,17 @@
 //! Where sccache keeps its objects in this job, and what its server is told about that.
 
 use std::fmt;
-
-use serde::Deserialize;
+use std::path::PathBuf;
 
 use crate::action::environment::Environment;
+use crate::http_client::is_on_loopback;
 
 /// Where sccache keeps its objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// In GitHub's cache service (or one that speaks like it), one cache entry per object.
+    /// In GitHub's cache service (or one that speaks like it), many objects in a cache entry.
+    Packed,
+    /// In the same, one cache entry per object.
     Direct,
     /// On this machine's disk.
     Local,
@@ -19,11 +21,17 @@ pub enum Mode {
 
 impl Mode {
     /// The modes by the names that the `mode` input takes.
-    pub const NAMES: [(&'static str, Self); 3] = [
+    pub const NAMES: [(&'static str, Self); 4] = [
+        ("packed", Self::Packed),
         ("direct", Self::Direct),
         ("local", Self::Local),
         ("external", Self::External),
     ];
+
+    /// Whether objects go to GitHub's cache service or its like.
+    pub fn needs_cache_service(self) -> bool {
+        matches!(self, Self::Packed | Self::Direct)
+    }
 
     /// The mode called `name`.
     pub fn named(name: &str) -> Option<Self> {
@@ -72,7 +80,7 @@ pub struct Choice {
 /// The mode of this job: the one asked for, else what the environment says.
 pub fn choose(requested: Option<Mode>, environment: &Environment) -> Choice {
     let wanted = requested.unwrap_or_else(|| by_environment(environment));
-    if wanted == Mode::Direct && !has_cache_service(environment) {
+    if wanted.needs_cache_service() && !has_cache_service(environment) {
         return Choice {
             mode: Mode::Local,
             warning: Some(
@@ -95,7 +103,7 @@ fn by_environment(environment: &Environment) -> Mode {
     match environment.get("SCCACHE_GHA_ENABLED") {
         // What the user has switched off stays off.
         Some(value) if !is_on(value) => Mode::Local,
-        _ => Mode::Direct,
+        _ => Mode::Packed,
     }
 }
 
@@ -109,51 +117,11 @@ fn has_cache_service(environment: &Environment) -> bool {
         && (environment.has("ACTIONS_RESULTS_URL") || environment.has("ACTIONS_CACHE_URL"))
 }
 
+/// The first sccache that can have a disk cache in front of another storage.
+pub const CHAIN_SINCE: semver::Version = semver::Version::new(0, 15, 0);
+
 /// The first sccache that can be told not to write to GitHub's cache.
 pub const READ_ONLY_SINCE: semver::Version = semver::Version::new(0, 16, 0);
-
-/// Whether the job's token may only read the cache. GitHub gives such tokens to triggers that it
-/// does not trust; every write would be refused, and be counted as an error.
-pub fn token_is_read_only(environment: &Environment) -> bool {
-    match environment.get("ACTIONS_CACHE_MODE") {
-        Some("read") => return true,
-        Some(_) => return false,
-        None => {}
-    }
-    environment
-        .get("ACTIONS_RUNTIME_TOKEN")
-        .and_then(access_of_token)
-        .is_some_and(|scopes| {
-            !scopes.is_empty() && scopes.iter().all(|scope| scope.permission & MAY_WRITE == 0)
-        })
-}
-
-/// The bit of a scope's permission that allows writing.
-const MAY_WRITE: u64 = 2;
-
-#[derive(Deserialize)]
-struct CacheScope {
-    #[serde(rename = "Permission", alias = "permission")]
-    permission: u64,
-}
-
-/// The cache scopes that a runtime token names in its claim `ac`, a JSON list inside a string.
-/// `None` where the token is of another form; its signature is GitHub's to check.
-fn access_of_token(token: &str) -> Option<Vec<CacheScope>> {
-    #[derive(Deserialize)]
-    struct Claims {
-        ac: String,
-    }
-    let claims = token.split('.').nth(1)?;
-    let claims: Claims = serde_json::from_slice(&base64url(claims)?).ok()?;
-    serde_json::from_str(&claims.ac).ok()
-}
-
-fn base64url(text: &str) -> Option<Vec<u8>> {
-    use base64::Engine;
-    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-    URL_SAFE_NO_PAD.decode(text.trim_end_matches('=')).ok()
-}
 
 /// What the sccache server is started with besides what every server gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -164,6 +132,19 @@ pub struct Storage<'a> {
     pub namespace: Option<&'a str>,
     /// Whether objects are only read.
     pub read_only: bool,
+    /// The relay, in mode `packed`.
+    pub relay: Option<RelayAccess<'a>>,
+}
+
+/// How sccache's server reaches the relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayAccess<'a> {
+    /// Its URL, with a slash at the end.
+    pub url: String,
+    /// What it lets in.
+    pub token: &'a str,
+    /// The folder of a disk cache in front of it, where sccache can have one.
+    pub disk_level: Option<PathBuf>,
 }
 
 /// The environment of the sccache server: the step's own, without what only the runner and this
@@ -179,7 +160,9 @@ pub fn server_environment(environment: &Environment, storage: &Storage<'_>) -> E
             server.remove(name);
         }
     }
-    if storage.mode == Mode::Direct || chain_has_githubs_cache(environment, storage.mode) {
+    if storage.mode == Mode::Packed {
+        use_relay(&mut server, storage);
+    } else if storage.mode == Mode::Direct || chain_has_githubs_cache(environment, storage.mode) {
         use_githubs_cache(&mut server, environment, storage);
     }
     if storage.mode == Mode::Local && storage.read_only {
@@ -197,6 +180,31 @@ fn chain_has_githubs_cache(environment: &Environment, mode: Mode) -> bool {
         && environment
             .get("SCCACHE_MULTILEVEL_CHAIN")
             .is_some_and(|chain| chain.split(',').any(|level| level.trim() == "gha"))
+}
+
+/// Points the server at the relay, whatever service is behind that.
+fn use_relay(server: &mut Environment, storage: &Storage<'_>) {
+    let Some(relay) = &storage.relay else {
+        return;
+    };
+    server.set("SCCACHE_GHA_ENABLED", "true");
+    // The relay speaks both versions. opendal asks for the second with these two.
+    server.set("ACTIONS_CACHE_SERVICE_V2", "on");
+    server.set("GITHUB_SERVER_URL", "https://github.com");
+    server.set("ACTIONS_RESULTS_URL", &*relay.url);
+    server.set("ACTIONS_CACHE_URL", &*relay.url);
+    server.set("ACTIONS_RUNTIME_TOKEN", relay.token);
+    // The relay knows what may be written and keeps namespaces apart; a read-only sccache would
+    // count each object that it does not write as an error.
+    for name in ["SCCACHE_GHA_VERSION", "SCCACHE_GHA_RW_MODE"] {
+        server.remove(name);
+    }
+    if let Some(folder) = &relay.disk_level {
+        server.set("SCCACHE_MULTILEVEL_CHAIN", "disk,gha");
+        server.set("SCCACHE_DIR", folder.display().to_string());
+        server.remove("SCCACHE_LOCAL_RW_MODE");
+    }
+    never_through_a_proxy(server);
 }
 
 fn use_githubs_cache(server: &mut Environment, environment: &Environment, storage: &Storage<'_>) {
@@ -228,27 +236,27 @@ fn use_githubs_cache(server: &mut Environment, environment: &Environment, storag
         server.set("SCCACHE_GHA_RW_MODE", "READ_ONLY");
     }
     if service_is_on_loopback(environment) {
-        let others = environment.get("NO_PROXY").or(environment.get("no_proxy"));
-        let loopback = "127.0.0.1,localhost";
-        let list = others.map_or_else(
-            || loopback.to_owned(),
-            |others| format!("{others},{loopback}"),
-        );
-        server.set("NO_PROXY", list.clone());
-        server.set("no_proxy", list);
+        never_through_a_proxy(server);
     }
+}
+
+/// Keeps what goes to this machine itself from a proxy, which would look for it on its own.
+fn never_through_a_proxy(server: &mut Environment) {
+    let others = server.get("NO_PROXY").or(server.get("no_proxy"));
+    let loopback = "127.0.0.1,localhost";
+    let list = others.map_or_else(
+        || loopback.to_owned(),
+        |others| format!("{others},{loopback}"),
+    );
+    server.set("NO_PROXY", list.clone());
+    server.set("no_proxy", list);
 }
 
 fn service_is_on_loopback(environment: &Environment) -> bool {
     ["ACTIONS_RESULTS_URL", "ACTIONS_CACHE_URL"]
         .iter()
         .filter_map(|name| url::Url::parse(environment.get(name)?).ok())
-        .any(|url| match url.host() {
-            Some(url::Host::Ipv4(address)) => address.is_loopback(),
-            Some(url::Host::Ipv6(address)) => address.is_loopback(),
-            Some(url::Host::Domain(name)) => name == "localhost",
-            None => false,
-        })
+        .any(|url| is_on_loopback(&url))
 }
 
 #[cfg(test)]
@@ -276,6 +284,7 @@ mod tests {
             mode,
             namespace: None,
             read_only: false,
+            relay: None,
         }
     }
 
@@ -285,7 +294,7 @@ mod tests {
             let choice = choose(None, &with(github(), name, "x"));
             assert_eq!(choice.mode, Mode::External, "{name}");
         }
-        assert_eq!(choose(None, &github()).mode, Mode::Direct);
+        assert_eq!(choose(None, &github()).mode, Mode::Packed);
     }
 
     #[test]
@@ -295,12 +304,12 @@ mod tests {
             assert_eq!(choose(None, &environment).mode, Mode::Local, "{off}");
         }
         let environment = with(github(), "SCCACHE_GHA_ENABLED", "true");
-        assert_eq!(choose(None, &environment).mode, Mode::Direct);
+        assert_eq!(choose(None, &environment).mode, Mode::Packed);
     }
 
     #[test]
     fn without_a_cache_service_objects_stay_on_this_machine_and_the_user_hears_it() {
-        for requested in [None, Some(Mode::Direct)] {
+        for requested in [None, Some(Mode::Direct), Some(Mode::Packed)] {
             let choice = choose(requested, &Environment::default());
             assert_eq!(choice.mode, Mode::Local);
             assert!(choice.warning.is_some());
@@ -365,46 +374,41 @@ mod tests {
         assert!(!server.has("ACTIONS_RUNTIME_TOKEN"));
     }
 
-    /// A token as the runner gets it, with the claim `ac` given.
-    fn token(ac: &str) -> Environment {
-        use base64::Engine;
-        let claims = serde_json::json!({ "ac": ac }).to_string();
-        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(claims);
-        Environment::from_iter([("ACTIONS_RUNTIME_TOKEN", format!("e30.{claims}.x"))])
-    }
-
-    #[test]
-    fn a_token_without_a_writable_scope_is_read_only() {
-        let read = r#"[{"Scope":"refs/heads/main","Permission":1}]"#;
-        let both = r#"[{"Scope":"refs/pull/1/merge","Permission":3},{"Scope":"refs/heads/main","Permission":1}]"#;
-        assert!(token_is_read_only(&token(read)));
-        assert!(!token_is_read_only(&token(both)));
-        assert!(!token_is_read_only(&token("[]")));
-        assert!(!token_is_read_only(&token("nonsense")));
-        assert!(!token_is_read_only(&Environment::from_iter([(
-            "ACTIONS_RUNTIME_TOKEN",
-            "opaque"
-        )])));
-    }
-
-    #[test]
-    fn the_runners_word_on_the_mode_wins_over_the_token() {
-        let read = r#"[{"Scope":"refs/heads/main","Permission":1}]"#;
-        let environment = with(token(read), "ACTIONS_CACHE_MODE", "write");
-        assert!(!token_is_read_only(&environment));
-        let environment = Environment::from_iter([("ACTIONS_CACHE_MODE", "read")]);
-        assert!(token_is_read_only(&environment));
-    }
-
     #[test]
     fn read_only_and_a_namespace_reach_the_server() {
         let storage = Storage {
             mode: Mode::Direct,
             namespace: Some("nightly"),
             read_only: true,
+            relay: None,
         };
         let server = server_environment(&github(), &storage);
         assert_eq!(server.get("SCCACHE_GHA_VERSION"), Some("nightly"));
         assert_eq!(server.get("SCCACHE_GHA_RW_MODE"), Some("READ_ONLY"));
+    }
+
+    #[test]
+    fn with_a_relay_the_server_has_neither_githubs_token_nor_its_address() {
+        let mut environment = with(github(), "HTTPS_PROXY", "http://proxy.example");
+        environment.set("ACTIONS_CACHE_URL", "https://cache.example/");
+        environment.set("SCCACHE_GHA_RW_MODE", "READ_ONLY");
+        environment.set("SCCACHE_BUCKET", "b");
+        let storage = Storage {
+            relay: Some(RelayAccess {
+                url: "http://127.0.0.1:7/".to_owned(),
+                token: "relay's",
+                disk_level: Some(PathBuf::from("/s/disk-level")),
+            }),
+            ..storage(Mode::Packed)
+        };
+        let server = server_environment(&environment, &storage);
+        for (name, value) in server.iter() {
+            assert!(value != "token" && !value.contains(".example/"), "{name}");
+        }
+        assert_eq!(server.get("ACTIONS_RUNTIME_TOKEN"), Some("relay's"));
+        assert_eq!(server.get("SCCACHE_MULTILEVEL_CHAIN"), Some("disk,gha"));
+        assert_eq!(server.get("SCCACHE_DIR"), Some("/s/disk-level"));
+        assert_eq!(server.get("NO_PROXY"), Some("127.0.0.1,localhost"));
+        assert!(!server.has("SCCACHE_GHA_RW_MODE") && !server.has("SCCACHE_BUCKET"));
     }
 }

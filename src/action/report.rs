@@ -14,6 +14,7 @@ use crate::action::runner_files::RunnerFiles;
 use crate::action::state::{Setup, State};
 use crate::action::summary::{self, Report};
 use crate::action::workflow_command::Log;
+use crate::relay::activity::Activity;
 use crate::sccache::server::Server;
 use crate::sccache::stats::Stats;
 
@@ -29,6 +30,10 @@ const DRAIN_STALL: Duration = Duration::from_secs(10);
 
 /// How often the server is asked meanwhile.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long the relay may take to save what it has still to save. A job ends later by as much, so
+/// it is no longer than compiling the same again might take.
+const SAVE_LIMIT: Duration = Duration::from_secs(120);
 
 /// How much of the end of the server's log is shown, in bytes.
 const LOG_SHOWN: u64 = 16 * 1024;
@@ -64,6 +69,7 @@ struct Ending {
     stats: Result<Stats, String>,
     raw_stats: String,
     server_log: String,
+    relay: Option<Result<Activity, String>>,
 }
 
 async fn end(state: &State, log: &Log) -> Ending {
@@ -85,9 +91,20 @@ async fn end(state: &State, log: &Log) -> Ending {
             }
         }
     };
+    // After sccache's server, which writes to it up to its end.
+    let relay = match &state.relay {
+        None => None,
+        Some(relay) => Some(
+            relay
+                .finish(SAVE_LIMIT)
+                .await
+                .map_err(|error| error.to_string()),
+        ),
+    };
     Ending {
         stats,
         raw_stats,
+        relay,
         server_log: noteworthy(&end_of(&state.state_dir.server_log()).unwrap_or_default()),
     }
 }
@@ -171,6 +188,10 @@ fn tell(
         uncached: state.state_dir.uncached_compiles(),
         uncached_reason: reason.as_deref(),
         server_log: &ending.server_log,
+        relay: ending
+            .relay
+            .as_ref()
+            .map(|relay| relay.as_ref().map_err(String::as_str)),
     };
     log.group("sccache statistics", summary::log_text(&report));
     if !ending.server_log.trim().is_empty() {

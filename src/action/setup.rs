@@ -4,26 +4,37 @@
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::action::environment::Environment;
 use crate::action::inputs::{Inputs, OnFailure, Secret, Wrap};
-use crate::action::mode::{self, Mode, READ_ONLY_SINCE, Storage};
+use crate::action::mode::{self, CHAIN_SINCE, Choice, Mode, READ_ONLY_SINCE, RelayAccess, Storage};
 use crate::action::probe;
 use crate::action::runner_files::{RunnerFiles, Variable};
+use crate::action::scopes::{self, Scopes};
 use crate::action::state::{Setup, State};
 use crate::action::workflow_command::Log;
 use crate::github;
+use crate::github::cache_client::Endpoint;
 use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
+use crate::relay::process::{self, RunningRelay};
+use crate::relay::{self};
 use crate::sccache::server::{self, Server, ServerError};
 use crate::sccache::state::StateDir;
 use crate::sccache::stats::Stats;
+use crate::service::auth::BearerToken;
+use crate::store::flush::Limits;
 use crate::wrapper;
 
 const TITLE: &str = "sccache";
 
 /// How often a port is chosen anew when another process takes it first.
 const PORT_ATTEMPTS: usize = 3;
+
+/// How long the set-up waits for what the packs hold for sccache's disk, at most. Without it the
+/// build is as right, and slower by less than this.
+const HYDRATE_WAIT: Duration = Duration::from_secs(20);
 
 /// What becomes of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +79,23 @@ struct Ready {
     mode: Mode,
     cache_location: String,
     read_only: bool,
+    relay: Option<StartedRelay>,
+}
+
+/// A relay, and what it lets in.
+#[derive(Clone, Debug)]
+struct StartedRelay {
+    running: RunningRelay,
+    client_token: BearerToken,
+    may_write: bool,
+}
+
+impl StartedRelay {
+    /// Ends a relay that is not needed.
+    async fn stop(&self) {
+        // One that does not answer ends by itself, and holds nothing.
+        let _ = self.running.finish(Duration::ZERO).await;
+    }
 }
 
 /// Runs the step. `program` is the path of this process's binary, which later steps call in place
@@ -92,6 +120,9 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
             Err(error) => {
                 // Later steps know nothing of it, so nothing would stop it either.
                 let _ = ready.server.stop().await;
+                if let Some(relay) = &ready.relay {
+                    relay.stop().await;
+                }
                 Err(error)
             }
         },
@@ -193,33 +224,135 @@ async fn set_up(
     program: &Path,
     log: &Log,
 ) -> Result<Ready, SetupError> {
-    let installed = install(environment, inputs, log).await?;
     let temporary = temporary_folder(environment);
-    let state_dir = StateDir::create(&temporary, Some(&installed.path))
+    let state_dir = StateDir::create(&temporary, None)
         .map_err(SetupError::io("no folder for the state of this set-up"))?;
-    wrapper::install(program, &state_dir)
-        .map_err(SetupError::io("sccache's wrapper could not be installed"))?;
-
-    let started = start(environment, inputs, &installed, &state_dir, log).await?;
-    let server = started.server;
-    let tried = async {
-        probe::run(&server, environment, inputs.wrap, &temporary, log)
-            .await
-            .map_err(SetupError::Probe)?;
-        server.zero_statistics().await.map_err(SetupError::Start)
-    };
-    if let Err(error) = tried.await {
-        let _ = server.stop().await;
-        return Err(error);
+    let mut choice = mode::choose(inputs.mode, environment);
+    // Before anything else, since it reads its indexes while sccache is installed.
+    let mut relay = None;
+    if choice.mode == Mode::Packed {
+        match start_relay(environment, inputs, program, &state_dir, log).await {
+            Ok(started) => relay = Some(started),
+            Err(why) => {
+                choice = Choice {
+                    mode: Mode::Local,
+                    warning: Some(why),
+                };
+            }
+        }
     }
-    Ok(Ready {
-        installed,
-        state_dir,
-        server,
-        mode: started.mode,
-        cache_location: started.cache_location,
-        read_only: started.read_only,
+    let begun = Begun {
+        environment,
+        inputs,
+        state_dir: &state_dir,
+        temporary: &temporary,
+        relay: relay.as_ref(),
+    };
+    let ready = begun.set_up(choice, program, log).await;
+    if let Some(relay) = &relay
+        && ready.as_ref().map_or(true, |ready| ready.relay.is_none())
+    {
+        relay.stop().await;
+    }
+    if ready.is_err() {
+        // Nobody was told of it.
+        let _ = std::fs::remove_dir_all(state_dir.root());
+    }
+    ready
+}
+
+/// Starts the relay, or says why it cannot be had.
+async fn start_relay(
+    environment: &Environment,
+    inputs: &Inputs,
+    program: &Path,
+    state_dir: &StateDir,
+    log: &Log,
+) -> Result<StartedRelay, String> {
+    let endpoint = Endpoint::of(environment)
+        .ok_or("the address of the runner's cache service cannot be understood")?;
+    let token = || BearerToken::random().map_err(|error| error.to_string());
+    let (client_token, control_token) = (token()?, token()?);
+    for secret in [&client_token, &control_token] {
+        log.mask(secret.reveal());
+    }
+    let by_token = scopes::token_is_read_only(environment);
+    let scopes = Scopes::of(environment, inputs.read_only.unwrap_or(by_token));
+    if by_token && inputs.read_only.is_none() {
+        log.info(READ_ONLY_TOKEN);
+    }
+    let platform = Platform::current().runner();
+    let may_write = scopes.write.is_some();
+    let flush_age = environment
+        .get("SCCACHE_ACTION_FLUSH_SECONDS")
+        .and_then(|seconds| seconds.parse().ok());
+    let config = relay::Config {
+        endpoint,
+        client_token: client_token.clone(),
+        control_token,
+        folder: state_dir.relay(),
+        namespace: inputs.namespace.as_deref().unwrap_or("default").to_owned(),
+        lane: scopes::lane(environment, &inputs.matrix, &platform),
+        platform,
+        read: scopes.read,
+        write: scopes.write,
+        max_size: inputs.max_size,
+        flush_age: flush_age.map_or(Limits::default().age, Duration::from_secs),
+    };
+    let running = process::start(program, environment, &config, &state_dir.relay_log())
+        .await
+        .map_err(|error| error.to_string())?;
+    Ok(StartedRelay {
+        running,
+        client_token,
+        may_write,
     })
+}
+
+const READ_ONLY_TOKEN: &str =
+    "The job's token may only read GitHub's cache, so nothing will be written to it.";
+
+/// A set-up that is under way.
+struct Begun<'a> {
+    environment: &'a Environment,
+    inputs: &'a Inputs,
+    state_dir: &'a StateDir,
+    temporary: &'a Path,
+    relay: Option<&'a StartedRelay>,
+}
+
+impl Begun<'_> {
+    async fn set_up(&self, choice: Choice, program: &Path, log: &Log) -> Result<Ready, SetupError> {
+        let installed = install(self.environment, self.inputs, log).await?;
+        self.state_dir
+            .set_sccache(&installed.path)
+            .and_then(|()| wrapper::install(program, self.state_dir))
+            .map_err(SetupError::io("sccache's wrapper could not be installed"))?;
+        let started = self.start(choice, &installed, log).await?;
+        let server = started.server;
+        let tried = async {
+            let wrap = self.inputs.wrap;
+            probe::run(&server, self.environment, wrap, self.temporary, log)
+                .await
+                .map_err(SetupError::Probe)?;
+            server.zero_statistics().await.map_err(SetupError::Start)
+        };
+        if let Err(error) = tried.await {
+            let _ = server.stop().await;
+            return Err(error);
+        }
+        let relay = self.relay.filter(|_| started.mode == Mode::Packed).cloned();
+        let may_write = relay.as_ref().is_none_or(|relay| relay.may_write);
+        Ok(Ready {
+            installed,
+            state_dir: self.state_dir.clone(),
+            server,
+            mode: started.mode,
+            cache_location: started.cache_location,
+            read_only: started.read_only || !may_write,
+            relay,
+        })
+    }
 }
 
 async fn install(
@@ -252,50 +385,83 @@ struct Started {
     read_only: bool,
 }
 
-/// Starts the server in the mode of this job, or where that cannot be had on the local disk.
-async fn start(
-    environment: &Environment,
-    inputs: &Inputs,
-    installed: &Installed,
-    state_dir: &StateDir,
-    log: &Log,
-) -> Result<Started, SetupError> {
-    let choice = mode::choose(inputs.mode, environment);
-    if let Some(why) = choice.warning {
-        settle_for_the_disk(inputs, why, log)?;
-    }
-    let mut storage = Storage {
-        mode: choice.mode,
-        namespace: inputs.namespace.as_deref(),
-        read_only: read_only(environment, inputs, installed, choice.mode, log),
-    };
-    let version = &installed.version;
-    let why = match start_with(environment, &storage, installed, state_dir, log).await {
-        // A build that does not know the variables goes to its disk without a word.
-        Ok(started) if storage.mode == Mode::Direct && is_local(&started.cache_location) => {
-            let _ = started.server.stop().await;
-            format!("sccache {version} does not use GitHub's cache")
+impl Begun<'_> {
+    /// Starts the server in the mode of this job, or where that cannot be had on the local disk.
+    async fn start(
+        &self,
+        choice: Choice,
+        installed: &Installed,
+        log: &Log,
+    ) -> Result<Started, SetupError> {
+        let inputs = self.inputs;
+        if let Some(why) = choice.warning {
+            settle_for_the_disk(inputs, why, log)?;
         }
-        Ok(mut started) => {
-            if is_local(&started.cache_location) {
-                started.mode = Mode::Local;
+        let mut storage = Storage {
+            mode: choice.mode,
+            namespace: inputs.namespace.as_deref(),
+            read_only: read_only(self.environment, inputs, installed, choice.mode, log),
+            relay: None,
+        };
+        if storage.mode == Mode::Packed {
+            storage.relay = self.relay_access(installed, log).await;
+        }
+        let version = &installed.version;
+        let why = match self.start_with(&storage, installed, log).await {
+            // A build that does not know the variables goes to its disk without a word.
+            Ok(started)
+                if storage.mode.needs_cache_service() && is_local(&started.cache_location) =>
+            {
+                let _ = started.server.stop().await;
+                format!("sccache {version} does not use GitHub's cache")
             }
-            return Ok(started);
+            Ok(mut started) => {
+                if is_local(&started.cache_location) {
+                    started.mode = Mode::Local;
+                }
+                if storage.mode == Mode::Packed {
+                    started.cache_location = PACKED_LOCATION.to_owned();
+                }
+                return Ok(started);
+            }
+            Err(error) if storage.mode == Mode::Local => return Err(SetupError::Start(error)),
+            Err(error) if error.storage_not_built_in() => format!(
+                "this build of sccache {version} was made without the storage of mode {}",
+                storage.mode
+            ),
+            Err(error) => format!("mode {} cannot be had: {error}", storage.mode),
+        };
+        settle_for_the_disk(inputs, why, log)?;
+        storage.mode = Mode::Local;
+        storage.read_only = inputs.read_only == Some(true) && storage.read_only;
+        self.start_with(&storage, installed, log)
+            .await
+            .map_err(SetupError::Start)
+    }
+
+    /// How the server reaches the relay. Where it can have a disk cache in front, that is filled
+    /// first.
+    async fn relay_access(&self, installed: &Installed, log: &Log) -> Option<RelayAccess<'_>> {
+        let relay = self.relay?;
+        let mut disk_level = None;
+        if installed.version >= CHAIN_SINCE {
+            let folder = self.state_dir.disk_level();
+            match relay.running.hydrate(folder.clone(), HYDRATE_WAIT).await {
+                Ok(hydrated) => log.debug(format!("hydrated: {hydrated:?}")),
+                Err(error) => log.debug(format!("not hydrated: {error}")),
+            }
+            disk_level = Some(folder);
         }
-        Err(error) if storage.mode == Mode::Local => return Err(SetupError::Start(error)),
-        Err(error) if error.storage_not_built_in() => format!(
-            "this build of sccache {version} was made without the storage of mode {}",
-            storage.mode
-        ),
-        Err(error) => format!("mode {} cannot be had: {error}", storage.mode),
-    };
-    settle_for_the_disk(inputs, why, log)?;
-    storage.mode = Mode::Local;
-    storage.read_only = inputs.read_only == Some(true) && storage.read_only;
-    start_with(environment, &storage, installed, state_dir, log)
-        .await
-        .map_err(SetupError::Start)
+        Some(RelayAccess {
+            url: relay.running.url(),
+            token: relay.client_token.reveal(),
+            disk_level,
+        })
+    }
 }
+
+/// Where objects are in mode `packed`, in the words of the output `cache-location`.
+const PACKED_LOCATION: &str = "GitHub's cache, in packs";
 
 /// Says why objects are kept on the disk and not where they should be, or fails where the user
 /// wants no less than asked for.
@@ -321,7 +487,11 @@ fn read_only(
     mode: Mode,
     log: &Log,
 ) -> bool {
-    let by_token = mode == Mode::Direct && mode::token_is_read_only(environment);
+    if mode == Mode::Packed {
+        // The relay's to see to.
+        return false;
+    }
+    let by_token = mode == Mode::Direct && scopes::token_is_read_only(environment);
     let read_only = inputs.read_only.unwrap_or(by_token);
     if read_only && installed.version < READ_ONLY_SINCE {
         let version = &installed.version;
@@ -337,71 +507,78 @@ fn read_only(
         return false;
     }
     if read_only && inputs.read_only.is_none() {
-        log.info("The job's token may only read GitHub's cache, so nothing will be written to it.");
+        log.info(READ_ONLY_TOKEN);
     }
     read_only
 }
 
-/// Starts the server and asks it where it keeps objects.
-async fn start_with(
-    environment: &Environment,
-    storage: &Storage<'_>,
-    installed: &Installed,
-    state_dir: &StateDir,
-    log: &Log,
-) -> Result<Started, ServerError> {
-    let mut server_environment = mode::server_environment(environment, storage);
-    if !server_environment.has("SCCACHE_ERROR_LOG") {
-        let path = state_dir.server_log().display().to_string();
-        server_environment.set("SCCACHE_ERROR_LOG", path);
-        if !server_environment.has("SCCACHE_LOG") {
-            server_environment.set("SCCACHE_LOG", "warn");
+impl Begun<'_> {
+    /// Starts the server and asks it where it keeps objects.
+    async fn start_with(
+        &self,
+        storage: &Storage<'_>,
+        installed: &Installed,
+        log: &Log,
+    ) -> Result<Started, ServerError> {
+        let environment = self.environment;
+        let mut server_environment = mode::server_environment(environment, storage);
+        if !server_environment.has("SCCACHE_ERROR_LOG") {
+            let path = self.state_dir.server_log().display().to_string();
+            server_environment.set("SCCACHE_ERROR_LOG", path);
+            if !server_environment.has("SCCACHE_LOG") {
+                let level = match storage.mode {
+                    // opendal warns of each miss, and the relay has its own say of what went wrong.
+                    Mode::Packed => "warn,opendal=error",
+                    _ => "warn",
+                };
+                server_environment.set("SCCACHE_LOG", level);
+            }
         }
-    }
-    let mut wanted = environment
-        .get("SCCACHE_SERVER_PORT")
-        .and_then(|port| port.parse().ok());
-    let mut attempt = 1;
-    let server = loop {
-        let port = match wanted.take() {
-            Some(port) => port,
-            None => server::free_port().map_err(|error| ServerError::NotRun {
-                sccache: installed.path.clone(),
-                error,
-            })?,
+        let mut wanted = environment
+            .get("SCCACHE_SERVER_PORT")
+            .and_then(|port| port.parse().ok());
+        let mut attempt = 1;
+        let server = loop {
+            let port = match wanted.take() {
+                Some(port) => port,
+                None => server::free_port().map_err(|error| ServerError::NotRun {
+                    sccache: installed.path.clone(),
+                    error,
+                })?,
+            };
+            let server = Server::new(installed.path.clone(), port);
+            // Starting where another job's server listens would speak to that one.
+            let error = if server.is_listening().await {
+                None
+            } else {
+                match server.start(&server_environment).await {
+                    Ok(()) => break server,
+                    Err(error) if error.port_taken() && attempt < PORT_ATTEMPTS => Some(error),
+                    Err(error) => return Err(error),
+                }
+            };
+            log.debug(format!(
+                "port {port} is taken{}",
+                error.map_or_else(String::new, |error| format!(": {error}"))
+            ));
+            attempt += 1;
         };
-        let server = Server::new(installed.path.clone(), port);
-        // Starting where another job's server listens would speak to that one.
-        let error = if server.is_listening().await {
-            None
-        } else {
-            match server.start(&server_environment).await {
-                Ok(()) => break server,
-                Err(error) if error.port_taken() && attempt < PORT_ATTEMPTS => Some(error),
-                Err(error) => return Err(error),
+        let location = match server.statistics().await {
+            Ok(json) => Stats::parse(&json)
+                .ok()
+                .and_then(|stats| stats.cache_location),
+            Err(error) => {
+                let _ = server.stop().await;
+                return Err(error);
             }
         };
-        log.debug(format!(
-            "port {port} is taken{}",
-            error.map_or_else(String::new, |error| format!(": {error}"))
-        ));
-        attempt += 1;
-    };
-    let location = match server.statistics().await {
-        Ok(json) => Stats::parse(&json)
-            .ok()
-            .and_then(|stats| stats.cache_location),
-        Err(error) => {
-            let _ = server.stop().await;
-            return Err(error);
-        }
-    };
-    Ok(Started {
-        server,
-        mode: storage.mode,
-        cache_location: location.unwrap_or_default(),
-        read_only: storage.read_only,
-    })
+        Ok(Started {
+            server,
+            mode: storage.mode,
+            cache_location: location.unwrap_or_default(),
+            read_only: storage.read_only,
+        })
+    }
 }
 
 /// Tells the post step and later steps.
@@ -418,7 +595,9 @@ fn publish(
         version: ready.installed.version.to_string(),
         cache_location: ready.cache_location.clone(),
         read_only: ready.read_only,
+        relay: ready.relay.as_ref().map(|relay| relay.running.clone()),
     });
+    let disk_level = ready.state_dir.disk_level();
     let told = || {
         files.save_state(&setup.to_variables())?;
         files.set_outputs(&outputs(ready))?;
@@ -431,6 +610,7 @@ fn publish(
             ready.mode,
             ready.server.port(),
             &ready.state_dir.wrapper(),
+            &disk_level,
         ))
     };
     told().map_err(SetupError::io("the runner's files cannot be written"))
@@ -454,6 +634,7 @@ fn exports(
     mode: Mode,
     port: u16,
     wrapper: &Path,
+    disk_level: &Path,
 ) -> Vec<Variable> {
     let wrapper = wrapper.display().to_string();
     // Where this set-up's server is, is never the user's to say: another's would be asked.
@@ -466,8 +647,13 @@ fn exports(
             exports.push((name, value.to_owned()));
         }
     };
-    if mode == Mode::Direct {
-        unless_set("SCCACHE_GHA_ENABLED", "true");
+    match mode {
+        Mode::Direct => unless_set("SCCACHE_GHA_ENABLED", "true"),
+        // A server that sccache starts in place of one that was killed goes on with the objects
+        // that are there, and what it adds is saved all the same. Were GitHub's cache switched on
+        // for it, it would look for a token that it must not have, and not start.
+        Mode::Packed => unless_set("SCCACHE_DIR", &disk_level.display().to_string()),
+        Mode::Local | Mode::External => {}
     }
     unless_set("SCCACHE_IDLE_TIMEOUT", "0");
     unless_set("SCCACHE_IGNORE_SERVER_IO_ERROR", "1");
@@ -505,7 +691,8 @@ mod tests {
     use super::*;
 
     fn exported(environment: &Environment, wrap: Wrap, mode: Mode) -> Environment {
-        exports(environment, wrap, mode, 7, Path::new("/s/bin/sccache"))
+        let wrapper = Path::new("/s/bin/sccache");
+        exports(environment, wrap, mode, 7, wrapper, Path::new("/s/disk"))
             .into_iter()
             .collect()
     }
@@ -566,11 +753,13 @@ mod tests {
     fn githubs_cache_is_switched_on_for_later_steps_only_where_it_is_used() {
         for (mode, expected) in [
             (Mode::Direct, Some("true")),
+            (Mode::Packed, None),
             (Mode::Local, None),
             (Mode::External, None),
         ] {
             let exported = exported(&Environment::default(), Wrap::default(), mode);
             assert_eq!(exported.get("SCCACHE_GHA_ENABLED"), expected, "{mode}");
+            assert_eq!(exported.has("SCCACHE_DIR"), mode == Mode::Packed, "{mode}");
         }
     }
 

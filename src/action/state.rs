@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use crate::action::environment::Environment;
 use crate::action::mode::Mode;
 use crate::action::runner_files::Variable;
+use crate::relay::process::RunningRelay;
 use crate::sccache::state::StateDir;
+use crate::service::auth::BearerToken;
 
 /// How the main step ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct State {
     pub cache_location: String,
     /// Whether objects are only read.
     pub read_only: bool,
+    /// The relay, in mode `packed`.
+    pub relay: Option<RunningRelay>,
 }
 
 const FOLDER: &str = "state-dir";
@@ -42,20 +46,28 @@ const MODE: &str = "mode";
 const VERSION: &str = "version";
 const LOCATION: &str = "cache-location";
 const READ_ONLY: &str = "read-only";
+const RELAY_PORT: &str = "relay-port";
+const RELAY_TOKEN: &str = "relay-token";
 const FAILED: &str = "failed";
 
 impl Setup {
     /// The names and values to keep. [`Setup::of`] reads them back.
     pub fn to_variables(&self) -> Vec<Variable> {
-        let pairs = match self {
-            Self::Done(state) => vec![
+        let pairs: Vec<(&str, String)> = match self {
+            Self::Done(state) => [
                 (FOLDER, state.state_dir.root().display().to_string()),
                 (PORT, state.port.to_string()),
                 (MODE, state.mode.to_string()),
                 (VERSION, state.version.clone()),
                 (LOCATION, state.cache_location.clone()),
                 (READ_ONLY, state.read_only.to_string()),
-            ],
+            ]
+            .into_iter()
+            .chain(state.relay.iter().flat_map(|relay| {
+                let token = relay.control_token.reveal().to_owned();
+                [(RELAY_PORT, relay.port.to_string()), (RELAY_TOKEN, token)]
+            }))
+            .collect(),
             Self::Failed { reason } => vec![(FAILED, reason.clone())],
         };
         pairs
@@ -78,6 +90,14 @@ impl Setup {
             version: get(VERSION)?.to_owned(),
             cache_location: get(LOCATION).unwrap_or_default().to_owned(),
             read_only: get(READ_ONLY) == Some("true"),
+            relay: get(RELAY_PORT)
+                .zip(get(RELAY_TOKEN))
+                .and_then(|(port, token)| {
+                    Some(RunningRelay {
+                        port: port.parse().ok()?,
+                        control_token: BearerToken::new(token),
+                    })
+                }),
         }))
     }
 }
@@ -95,6 +115,10 @@ mod tests {
             version: "0.16.0".to_owned(),
             cache_location: "Local disk: \"/x\"".to_owned(),
             read_only: true,
+            relay: Some(RunningRelay {
+                port: 4712,
+                control_token: BearerToken::new("secret"),
+            }),
         });
         let failed = Setup::Failed {
             reason: "no network".to_owned(),

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::action::mode::Mode;
+use crate::relay::activity::Activity;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats};
 
 /// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
@@ -35,6 +36,8 @@ pub struct Report<'a> {
     pub uncached_reason: Option<&'a str>,
     /// What sccache's server had to say for itself.
     pub server_log: &'a str,
+    /// What the relay did, or why that is not known; `None` where there was none.
+    pub relay: Option<Result<&'a Activity, &'a str>>,
 }
 
 /// The one line that says it all.
@@ -93,6 +96,7 @@ fn troubles(report: &Report<'_>) -> Vec<String> {
             counted(report.uncached as u64, "compile")
         ));
     }
+    troubles.extend(relay_troubles(report));
     let Ok(stats) = report.stats else {
         return troubles;
     };
@@ -107,6 +111,107 @@ fn troubles(report: &Report<'_>) -> Vec<String> {
         troubles.push(format!("There were {}.", errors.join(", ")));
     }
     troubles
+}
+
+fn relay_troubles(report: &Report<'_>) -> Vec<String> {
+    let activity = match report.relay {
+        None => return Vec::new(),
+        Some(Err(why)) => {
+            return vec![format!(
+                "The relay between sccache and GitHub's cache was gone at the end of the job \
+                 ({why}); what it had not saved by then is compiled again next time."
+            )];
+        }
+        Some(Ok(activity)) => activity,
+    };
+    let mut troubles = Vec::new();
+    if activity.corrupt > 0 {
+        troubles.push(format!(
+            "{} in the cache had been damaged and was compiled anew.",
+            counted(activity.corrupt, "object")
+        ));
+    }
+    if let Some(first) = &activity.first_trouble {
+        let more = match activity.troubles {
+            0 | 1 => String::new(),
+            troubles => format!(" ({} times something went wrong)", thousands(troubles)),
+        };
+        let lost = match activity.unsaved {
+            0 => String::new(),
+            unsaved => format!(
+                " {} will be compiled again next time.",
+                counted(unsaved, "object")
+            ),
+        };
+        troubles.push(format!("GitHub's cache: {first}{more}.{lost}"));
+    }
+    troubles
+}
+
+/// What the relay did, as pairs of what and how much.
+fn relay_rows(activity: &Activity, stats: Option<&Stats>) -> Vec<(&'static str, String)> {
+    let mut requests = thousands(activity.requests());
+    if let Some(stats) = stats {
+        let alone = requests_of_single_entries(stats);
+        if alone > activity.requests() {
+            let _ = write!(requests, " instead of {}", thousands(alone));
+        }
+    }
+    let upstream = &activity.upstream;
+    let mut rows = vec![
+        ("Requests to the cache service", requests),
+        (
+            "Packs read and written",
+            format!(
+                "{} and {}",
+                thousands(activity.fetched_packs),
+                thousands(activity.saved_packs)
+            ),
+        ),
+        (
+            "Received and sent",
+            format!(
+                "{} and {}",
+                size(upstream.bytes_down),
+                size(upstream.bytes_up)
+            ),
+        ),
+        (
+            "In the cache for this job",
+            format!(
+                "{} in {}, {}",
+                counted(activity.known_objects, "object"),
+                counted(activity.known_packs, "pack"),
+                size(activity.known_bytes)
+            ),
+        ),
+    ];
+    for (what, count) in [
+        (
+            "Uploads beyond GitHub's 200 a minute that this avoided",
+            activity.spared,
+        ),
+        ("Refused with 429 and made up for later", upstream.throttled),
+        ("Asked for and not to be had in time", activity.late),
+        ("Objects not saved", activity.unsaved),
+    ] {
+        if count > 0 {
+            rows.push((what, thousands(count)));
+        }
+    }
+    if activity.read_only {
+        rows.push((
+            "Saved",
+            "nothing, since the cache may only be read".to_owned(),
+        ));
+    }
+    rows
+}
+
+/// How many requests an entry for each object takes: two for a hit (where it is, then the object
+/// itself), one for a miss, three for an object that is written.
+fn requests_of_single_entries(stats: &Stats) -> u64 {
+    2 * stats.hits() + stats.misses() + 3 * stats.writes()
 }
 
 /// Why nothing came from the cache, where that is so.
@@ -127,7 +232,7 @@ fn why_nothing_was_hit(report: &Report<'_>) -> Option<&'static str> {
             "Objects were kept on this machine's disk only. On a runner that starts anew for each \
              job nothing is found there."
         }
-        Mode::Direct | Mode::External => {
+        Mode::Packed | Mode::Direct | Mode::External => {
             "That is so in the first job with this cache, and after a change of sccache, of the \
              compiler or of its flags."
         }
@@ -145,6 +250,13 @@ pub fn markdown(report: &Report<'_>) -> String {
     }
     if let Ok(stats) = report.stats {
         stats_markdown(&mut text, stats);
+    }
+    if let Some(Ok(activity)) = report.relay {
+        text.push_str("| GitHub's cache, in packs | |\n|---|--:|\n");
+        for (what, how_much) in relay_rows(activity, report.stats.ok()) {
+            let _ = writeln!(text, "| {what} | {how_much} |");
+        }
+        text.push('\n');
     }
     let _ = writeln!(
         text,
@@ -362,6 +474,12 @@ pub fn log_text(report: &Report<'_>) -> String {
             }
         }
     }
+    if let Some(Ok(activity)) = report.relay {
+        text.push_str("\nGitHub's cache, in packs:\n");
+        for (what, how_much) in relay_rows(activity, report.stats.ok()) {
+            let _ = writeln!(text, "  {what}: {how_much}");
+        }
+    }
     let _ = write!(
         text,
         "\nsccache {}, mode {}{}, {}",
@@ -447,6 +565,16 @@ fn thousands(number: u64) -> String {
     text
 }
 
+/// A number of bytes in the unit that suits it.
+fn size(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 3] = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
+    let unit = UNITS.into_iter().find(|(_, unit)| bytes >= *unit);
+    unit.map_or_else(
+        || format!("{bytes} bytes"),
+        |(name, unit)| format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
+    )
+}
+
 /// A rate from 0 to 1 in percent. 100 % and 0 % are said only where they are exact.
 fn percent(rate: f64) -> String {
     let percent = rate * 100.0;
@@ -497,6 +625,7 @@ mod tests {
             uncached: 0,
             uncached_reason: None,
             server_log: "",
+            relay: None,
         }
     }
 

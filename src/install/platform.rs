@@ -83,6 +83,16 @@ impl Platform {
         }
     }
 
+    /// Its name as `dist/manifest.json` has it, in node's words: `linux-x64`.
+    pub fn runner(&self) -> String {
+        let os = match self.os {
+            "macos" => "darwin",
+            "windows" => "win32",
+            other => other,
+        };
+        format!("{os}-{}", self.tool_cache_arch())
+    }
+
     /// The processor's name in the tool cache: node's (`process.arch`).
     pub fn tool_cache_arch(&self) -> &'static str {
         match self.arch {

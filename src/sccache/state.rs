@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 /// sccache-path    the path of the real sccache; absent where the set-up failed
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
+/// log/relay.log   what the relay says where it fails
+/// relay/          the relay's files; for nobody else to read
+/// disk-level/     sccache's disk cache in front of the relay; for nobody else to read
 /// probe/          the probe compile's source and output
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,14 +35,23 @@ impl StateDir {
             .tempdir_in(parent)?
             .keep();
         let state = Self { root };
-        let log = state.root.join("log");
-        fs::create_dir(&log)?;
-        set_mode(&log, 0o700)?;
+        for folder in [&state.root.join("log"), &state.relay(), &state.disk_level()] {
+            fs::create_dir(folder)?;
+            set_mode(folder, 0o700)?;
+        }
         set_mode(&state.root, 0o755)?;
         if let Some(sccache) = sccache {
-            fs::write(state.sccache_path(), sccache.as_os_str().as_encoded_bytes())?;
+            state.set_sccache(sccache)?;
         }
         Ok(state)
+    }
+
+    /// Says which `sccache` the set-up is for.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn set_sccache(&self, sccache: &Path) -> io::Result<()> {
+        fs::write(self.sccache_path(), sccache.as_os_str().as_encoded_bytes())
     }
 
     /// The folder that an earlier [`StateDir::create`] made.
@@ -74,6 +86,21 @@ impl StateDir {
         fs::read_to_string(self.sccache_path())
             .ok()
             .map(PathBuf::from)
+    }
+
+    /// The relay's folder.
+    pub fn relay(&self) -> PathBuf {
+        self.root.join("relay")
+    }
+
+    /// Where the relay says why it failed.
+    pub fn relay_log(&self) -> PathBuf {
+        self.root.join("log").join("relay.log")
+    }
+
+    /// The folder of sccache's disk cache in front of the relay.
+    pub fn disk_level(&self) -> PathBuf {
+        self.root.join("disk-level")
     }
 
     /// Where the sccache server writes its log.

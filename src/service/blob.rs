@@ -16,13 +16,12 @@ use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, TryStreamExt};
 use serde::Deserialize;
-use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use crate::service::Shared;
 use crate::service::auth::{self, Purpose};
-use crate::service::store::{Piece, Store, StoreError};
+use crate::service::store::{Content, Piece, Store, StoreError};
 
 /// The longest block list, in bytes: Azure's 50,000 blocks with names of 64 bytes.
 const BLOCK_LIST_LIMIT: usize = 8 << 20;
@@ -200,13 +199,14 @@ pub(super) async fn download<S: Store>(
         return bad_method();
     }
     shared.counters.downloads.one();
-    let Some((file, size)) = shared.store.open(id).await else {
+    let Some(content) = shared.store.open(id).await else {
         return refusal(
             StatusCode::NOT_FOUND,
             "BlobNotFound",
             "the entry is no longer there",
         );
     };
+    let size = content.size();
     let asked = headers
         .get("x-ms-range")
         .or(headers.get(RANGE))
@@ -224,7 +224,7 @@ pub(super) async fn download<S: Store>(
         Body::empty()
     } else {
         shared.counters.bytes_out.add(length);
-        match content(file, first, length).await {
+        match body_of(content, first, length).await {
             Ok(body) => body,
             Err(error) => return upload_refused(&StoreError::Io(error)),
         }
@@ -245,9 +245,20 @@ pub(super) async fn download<S: Store>(
         .unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
 }
 
-async fn content(mut file: File, first: u64, length: u64) -> std::io::Result<Body> {
-    if first > 0 {
-        file.seek(SeekFrom::Start(first)).await?;
+/// The part of `content` that begins at `first` and has `length` bytes, which are within it.
+async fn body_of(content: Content, first: u64, length: u64) -> std::io::Result<Body> {
+    let (mut file, start) = match content {
+        Content::File { file, start, .. } => (file, start),
+        Content::Bytes(bytes) => {
+            let range = usize::try_from(first)
+                .ok()
+                .zip(usize::try_from(length).ok());
+            let part = range.map(|(first, length)| bytes.slice(first..first + length));
+            return Ok(Body::from(part.unwrap_or_default()));
+        }
+    };
+    if start + first > 0 {
+        file.seek(SeekFrom::Start(start + first)).await?;
     }
     // Most objects are smaller than one read: they need no stream.
     if let Ok(length) = usize::try_from(length)

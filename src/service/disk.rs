@@ -24,7 +24,7 @@ use futures_util::{Stream, StreamExt};
 use tokio::fs::File;
 use tokio::io::{AsyncSeekExt, AsyncWriteExt};
 
-use crate::service::store::{Entry, EntryName, Index, Piece, Query, Store, StoreError};
+use crate::service::store::{Content, Entry, EntryName, Index, Piece, Query, Store, StoreError};
 
 /// How long a reservation holds without a byte being written to it. A client that was killed must
 /// not block its key for good, as it does at GitHub.
@@ -453,11 +453,11 @@ impl Store for DiskStore {
         committed
     }
 
-    fn find(&self, query: &Query<'_>) -> Option<Entry> {
+    async fn find(&self, query: &Query<'_>) -> Option<Entry> {
         self.lock().index.find(query).cloned()
     }
 
-    async fn open(&self, entry: u64) -> Option<(File, u64)> {
+    async fn open(&self, entry: u64) -> Option<Content> {
         let size = self.lock().sizes.get(&entry).copied()?;
         let path = self.entry_path(entry);
         let opened = blocking(move || {
@@ -466,7 +466,11 @@ impl Store for DiskStore {
             Ok((file, length))
         });
         match opened.await {
-            Ok((file, length)) if length == size => Some((File::from_std(file), size)),
+            Ok((file, length)) if length == size => Some(Content::File {
+                file: File::from_std(file),
+                start: 0,
+                size,
+            }),
             // Content that was deleted or changed behind our back is no entry any more.
             _ => {
                 self.lock().forget_entry(entry);
@@ -547,7 +551,10 @@ mod tests {
             version: "v",
             keys: &[key],
         };
-        let (mut file, size) = store.open(store.find(&query)?.id).await?;
+        let found = store.find(&query).await?;
+        let Content::File { mut file, size, .. } = store.open(found.id).await? else {
+            panic!("a store on disk has files");
+        };
         let mut text = String::new();
         file.read_to_string(&mut text).await.unwrap();
         assert_eq!(text.len() as u64, size);

@@ -101,6 +101,32 @@ pub enum StoreError {
     Io(#[from] io::Error),
 }
 
+/// An entry's content.
+#[derive(Debug)]
+pub enum Content {
+    /// All of it.
+    Bytes(Bytes),
+    /// A part of a file.
+    File {
+        /// The file.
+        file: File,
+        /// Where the content begins in it, in bytes.
+        start: u64,
+        /// The content's size in bytes.
+        size: u64,
+    },
+}
+
+impl Content {
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File { size, .. } => *size,
+        }
+    }
+}
+
 /// A piece of an upload, or why it ends.
 pub type Piece = Result<Bytes, StoreError>;
 
@@ -168,10 +194,10 @@ pub trait Store: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Entry, StoreError>> + Send;
 
     /// The entry that `query` asks for.
-    fn find(&self, query: &Query<'_>) -> Option<Entry>;
+    fn find(&self, query: &Query<'_>) -> impl Future<Output = Option<Entry>> + Send;
 
-    /// The content of the entry of this number, with its size in bytes, or `None` where it is gone.
-    fn open(&self, entry: u64) -> impl Future<Output = Option<(File, u64)>> + Send;
+    /// The content of the entry of this number, or `None` where it is gone.
+    fn open(&self, entry: u64) -> impl Future<Output = Option<Content>> + Send;
 }
 
 /// The entries that a look-up goes through: by scope and version, then by key.

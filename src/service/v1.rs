@@ -100,10 +100,12 @@ pub(super) async fn find<S: Store>(
     UrlQuery(query): UrlQuery<FindQuery>,
     headers: HeaderMap,
 ) -> Response {
-    find_entry(&shared, &query, &headers).unwrap_or_else(IntoResponse::into_response)
+    find_entry(&shared, &query, &headers)
+        .await
+        .unwrap_or_else(IntoResponse::into_response)
 }
 
-fn find_entry<S: Store>(
+async fn find_entry<S: Store>(
     shared: &Shared<S>,
     query: &FindQuery,
     headers: &HeaderMap,
@@ -113,11 +115,12 @@ fn find_entry<S: Store>(
     let keys: Vec<&str> = query.keys.split(',').map(str::trim).collect();
     check_keys(keys.iter().copied())
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error))?;
-    let found = shared.store.find(&Query {
+    let query = Query {
         scopes: &access.read,
         version: &query.version,
         keys: &keys,
-    });
+    };
+    let found = shared.store.find(&query).await;
     let Some(entry) = found else {
         return Ok(StatusCode::NO_CONTENT.into_response());
     };

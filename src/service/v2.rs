@@ -259,7 +259,8 @@ async fn answer<S: Store>(
         }
         "GetCacheEntryDownloadURL" => {
             let request = encoding.decode(&body)?;
-            find(shared, &access, &request, headers).map(|answer| encoding.encode(&answer))
+            let answer = find(shared, &access, &request, headers).await?;
+            Ok(encoding.encode(&answer))
         }
         _ => Err(TwirpError::new(
             StatusCode::NOT_FOUND,
@@ -331,7 +332,7 @@ async fn finalize<S: Store>(
     })
 }
 
-fn find<S: Store>(
+async fn find<S: Store>(
     shared: &Shared<S>,
     access: &Access,
     request: &GetRequest,
@@ -343,11 +344,12 @@ fn find<S: Store>(
         .map(String::as_str)
         .collect();
     check_keys(keys.iter().copied()).map_err(TwirpError::invalid)?;
-    let found = shared.store.find(&Query {
+    let query = Query {
         scopes: &access.read,
         version: &request.version,
         keys: &keys,
-    });
+    };
+    let found = shared.store.find(&query).await;
     // A miss is an answer like any other, not an error.
     let Some(entry) = found else {
         return Ok(GetResponse::default());

@@ -1,0 +1,149 @@
+//! How the action's steps start a relay, and talk to it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use reqwest::Client;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::action::environment::Environment;
+use crate::http_client;
+use crate::relay::activity::Activity;
+use crate::relay::disk_level::Hydrated;
+use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
+use crate::service::auth::BearerToken;
+
+/// Time for a relay to say its port. It opens three files and a socket before.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time for a connection on loopback.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Time for an answer beyond what was granted for the work itself.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Why a relay did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// It could not be run.
+    #[error("the relay cannot be run: {0}")]
+    NotRun(#[from] io::Error),
+    /// It ended at once, or said something else than its port.
+    #[error("the relay did not start{0}")]
+    NotReady(String),
+    /// It did not answer.
+    #[error("the relay does not answer: {0}")]
+    Silent(String),
+}
+
+/// A relay that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunningRelay {
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+    /// What opens its control.
+    pub control_token: BearerToken,
+}
+
+/// Starts a relay. It lives on when this process ends.
+///
+/// # Errors
+/// Where it does not come about.
+pub async fn start(
+    program: &Path,
+    environment: &Environment,
+    config: &Config,
+    log: &Path,
+) -> Result<RunningRelay, ProcessError> {
+    let mut command = Command::new(program);
+    command
+        .arg("relay")
+        .env_clear()
+        // The token comes through standard input: a process's environment can be read.
+        .envs(environment.for_programs().iter())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(std::fs::File::create(log)?);
+    #[cfg(unix)]
+    // What a terminal or a runner sends to this step's group is not meant for it.
+    command.process_group(0);
+    let mut child = command.spawn()?;
+    let started = async {
+        let mut stdin = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        stdin.write_all(&serde_json::to_vec(config)?).await?;
+        drop(stdin);
+        let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).await?;
+        Ok::<Option<Ready>, io::Error>(serde_json::from_str(&line).ok())
+    };
+    let why = match timeout(START_TIMEOUT, started).await {
+        Ok(Ok(Some(ready))) => {
+            return Ok(RunningRelay {
+                port: ready.port,
+                control_token: config.control_token.clone(),
+            });
+        }
+        Ok(Ok(None)) => std::fs::read_to_string(log).unwrap_or_default(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("it said nothing in {} s", START_TIMEOUT.as_secs()),
+    };
+    let _ = child.start_kill();
+    Err(ProcessError::NotReady(format!(": {}", why.trim())))
+}
+
+impl RunningRelay {
+    /// The URL that sccache's server is given.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}/", self.port)
+    }
+
+    /// Has it put on sccache's disk what the packs hold for it.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    pub async fn hydrate(&self, folder: PathBuf, wait: Duration) -> Result<Hydrated, ProcessError> {
+        let request = HydrateRequest { folder, wait };
+        self.ask("hydrate", &request, wait).await
+    }
+
+    /// Has it write what waits, and end.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    pub async fn finish(&self, deadline: Duration) -> Result<Activity, ProcessError> {
+        self.ask("finish", &FinishRequest { deadline }, deadline)
+            .await
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        request: &impl Serialize,
+        limit: Duration,
+    ) -> Result<T, ProcessError> {
+        let silent = |error: reqwest::Error| ProcessError::Silent(error.without_url().to_string());
+        let client: Client = http_client::builder(CONNECT_TIMEOUT)
+            .no_proxy()
+            .timeout(limit + GRACE)
+            .build()
+            .map_err(silent)?;
+        let answer = client
+            .post(format!("{}relay/{what}", self.url()))
+            .bearer_auth(self.control_token.reveal())
+            .header("content-type", "application/json")
+            .body(serde_json::to_vec(request).map_err(io::Error::from)?)
+            .send()
+            .await
+            .and_then(reqwest::Response::error_for_status)
+            .map_err(silent)?;
+        let bytes = answer.bytes().await.map_err(silent)?;
+        Ok(serde_json::from_slice(&bytes).map_err(io::Error::from)?)
+    }
+}

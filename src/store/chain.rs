@@ -1,0 +1,322 @@
+//! The entries of one scope, numbered one after the other.
+//!
+//! ```text
+//! sccache-packs/NAMESPACE/linux-x64/refs/heads/main#00000007
+//! ```
+//!
+//! Each entry has the index of all packs of the scope, so a reader needs the newest only. The cache
+//! service grants a key once, which makes the number a lock that nobody has to hold: whoever finds
+//! the next number taken reads that entry, or, where its writer is still at it, notes its key as
+//! not merged, and takes the number after it. Thus every entry's index has all entries before it, or
+//! names them, and no job's objects are lost however many jobs end at the same moment.
+//!
+//! Keys carry the scope's name because entries of a job's own ref hide those of its base in a
+//! look-up by prefix.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+use futures_util::TryStreamExt;
+
+use crate::github::cache_client::{CacheClient, CacheError, Download, Found, Reserved, Upload};
+use crate::store::index::{Digest, Index};
+use crate::store::pack::{HEADER_LENGTH, Header, PackError};
+
+/// How much of an entry is read at first, in bytes: more than most indexes have.
+const FIRST_READ: u64 = 256 * 1024;
+
+/// How many entries are read at most for one scope. Each is one that several jobs wrote at the same
+/// time, and the next to be written has them all.
+const ENTRIES_READ: usize = 24;
+
+/// How many entries before one that is damaged are tried in its place.
+const STEPS_BACK: u64 = 2;
+
+/// How many numbers in a row may turn out to be taken.
+const RESERVATION_ATTEMPTS: usize = 12;
+
+/// The longest part of a key that a namespace or a scope makes up, in characters. A key has at most
+/// 512.
+const PART_LIMIT: usize = 180;
+
+/// The keys of one scope's entries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    prefix: String,
+}
+
+impl Chain {
+    /// The chain of `scope` (a ref) for objects of `namespace` on `platform`.
+    pub fn new(namespace: &str, platform: &str, scope: &str) -> Self {
+        let namespace = key_part(namespace);
+        let scope = key_part(scope);
+        Self {
+            prefix: format!("sccache-packs/{namespace}/{platform}/{scope}#"),
+        }
+    }
+
+    /// The key of the entry with this number.
+    pub fn key(&self, number: u64) -> String {
+        format!("{}{number:08}", self.prefix)
+    }
+
+    /// The number of the entry with this key.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        key.strip_prefix(&self.prefix)?.parse().ok()
+    }
+}
+
+/// Text as part of a key: what a key may not have, or would make two keys alike, is replaced, with
+/// a digest behind it so that different texts stay different.
+fn key_part(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    if !text.is_empty() && text.len() <= PART_LIMIT && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    let kept: String = text
+        .chars()
+        .map(|c| if plain(c) { c } else { '_' })
+        .take(PART_LIMIT)
+        .collect();
+    let digest = hex::encode(Digest::of(text.as_bytes()).as_bytes());
+    format!("{kept}~{digest}")
+}
+
+/// What is known of a chain.
+#[derive(Debug)]
+pub struct Known {
+    /// The keys of its entries.
+    pub chain: Chain,
+    /// All that its entries say.
+    pub index: Index,
+    /// The greatest number that is known to be taken.
+    pub newest: u64,
+    /// Entries that were found on the way, which need not be looked up again.
+    pub found: HashMap<String, Found>,
+    /// The keys whose index is in `index`.
+    merged: HashSet<String>,
+    /// The first entry that could not be read, and why.
+    pub unreadable: Option<String>,
+}
+
+impl Known {
+    /// Nothing yet of `chain`.
+    pub fn nothing(chain: Chain) -> Self {
+        Self {
+            chain,
+            index: Index::default(),
+            newest: 0,
+            found: HashMap::new(),
+            merged: HashSet::new(),
+            unreadable: None,
+        }
+    }
+
+    /// Reads what was written since.
+    ///
+    /// # Errors
+    /// Where the service does not answer. Entries that are gone or damaged are no error: what they
+    /// had is not found.
+    pub async fn catch_up(&mut self, client: &CacheClient) -> Result<(), CacheError> {
+        let prefix = self.chain.prefix.clone();
+        // The key alone would do at GitHub; others take only restore keys for prefixes.
+        let Some(newest) = client.find(&prefix, &[&prefix]).await? else {
+            return Ok(());
+        };
+        let Some(number) = self.chain.number(&newest.key) else {
+            return Ok(());
+        };
+        self.read(client, newest).await?;
+        let mut number = number;
+        // Look-ups lag behind what was written, and the newest by time may not be the last by
+        // number.
+        while let Some(next) = find_exactly(client, &self.chain.key(number + 1)).await? {
+            self.read(client, next).await?;
+            number += 1;
+        }
+        let mut back = 0;
+        while self.merged.is_empty() && back < STEPS_BACK && number > back + 1 {
+            back += 1;
+            if let Some(earlier) = find_exactly(client, &self.chain.key(number - back)).await? {
+                self.read(client, earlier).await?;
+            }
+        }
+        self.newest = self.newest.max(number);
+        self.follow(client).await
+    }
+
+    /// Reads the entries that others name as not merged.
+    async fn follow(&mut self, client: &CacheClient) -> Result<(), CacheError> {
+        let mut tried: HashSet<String> = HashSet::new();
+        while self.merged.len() < ENTRIES_READ {
+            let next = self.index.unmerged.keys().find(|key| {
+                self.chain.number(key).is_some()
+                    && !self.merged.contains(*key)
+                    && !tried.contains(*key)
+            });
+            let Some(key) = next.cloned() else {
+                break;
+            };
+            if let Some(found) = find_exactly(client, &key).await? {
+                self.read(client, found).await?;
+            }
+            tried.insert(key);
+        }
+        let merged = &self.merged;
+        self.index.unmerged.retain(|key, _| !merged.contains(key));
+        Ok(())
+    }
+
+    async fn read(&mut self, client: &CacheClient, found: Found) -> Result<(), CacheError> {
+        let key = found.key.clone();
+        if self.merged.contains(&key) {
+            return Ok(());
+        }
+        match read_index(client, &found).await {
+            Ok(index) => {
+                self.index.merge(index);
+                self.merged.insert(key.clone());
+                self.found.insert(key, found);
+                Ok(())
+            }
+            Err(ReadError::Cache(CacheError::Gone)) => Ok(()),
+            Err(ReadError::Cache(error)) => Err(error),
+            Err(ReadError::Pack(error)) => {
+                self.unreadable
+                    .get_or_insert_with(|| format!("{key}: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    /// Reserves the next number. `now` is in seconds since 1970.
+    ///
+    /// # Errors
+    /// Where the service does not grant one.
+    pub async fn reserve(
+        &mut self,
+        client: &CacheClient,
+        now: u64,
+    ) -> Result<(String, Upload), CacheError> {
+        for _ in 0..RESERVATION_ATTEMPTS {
+            let number = self.newest + 1;
+            let key = self.chain.key(number);
+            match client.reserve(&key, None).await? {
+                Reserved::Upload(upload) => {
+                    self.newest = number;
+                    return Ok((key, upload));
+                }
+                Reserved::AlreadyExists => {
+                    self.catch_up(client).await?;
+                    if !self.merged.contains(&key) {
+                        self.index.unmerged.insert(key, now);
+                    }
+                    self.newest = self.newest.max(number);
+                }
+            }
+        }
+        Err(CacheError::Unavailable(format!(
+            "{RESERVATION_ATTEMPTS} numbers in a row were taken by other jobs"
+        )))
+    }
+
+    /// Notes that the entry under `key` has the index as it is now.
+    pub fn committed(&mut self, key: &str) {
+        self.merged.insert(key.to_owned());
+    }
+}
+
+async fn find_exactly(client: &CacheClient, key: &str) -> Result<Option<Found>, CacheError> {
+    let found = client.find(key, &[]).await?;
+    Ok(found.filter(|found| found.key == key))
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error(transparent)]
+    Pack(#[from] PackError),
+}
+
+async fn read_index(client: &CacheClient, found: &Found) -> Result<Index, ReadError> {
+    let mut bytes = read_range(client, found, 0..FIRST_READ).await?;
+    let header = Header::parse(&bytes)?;
+    let range = header.index();
+    let have = bytes.len() as u64;
+    if have < range.end {
+        let rest = read_range(client, found, have..range.end).await?;
+        bytes.extend_from_slice(&rest);
+    }
+    let start = usize::try_from(HEADER_LENGTH).unwrap_or(usize::MAX);
+    let end = usize::try_from(range.end).unwrap_or(usize::MAX);
+    let index = bytes.get(start..end).ok_or(PackError::Damaged)?;
+    Ok(header.read_index(index, &found.key)?)
+}
+
+/// The bytes of `range`, or as many of them as the entry has.
+async fn read_range(
+    client: &CacheClient,
+    found: &Found,
+    range: Range<u64>,
+) -> Result<Vec<u8>, CacheError> {
+    let Download {
+        mut start, stream, ..
+    } = client.download(found, range.clone()).await?;
+    let mut stream = std::pin::pin!(stream);
+    let mut bytes = Vec::new();
+    let interrupted = |error: std::io::Error| CacheError::Unavailable(error.to_string());
+    while let Some(piece) = stream.try_next().await.map_err(interrupted)? {
+        let end = start.saturating_add(piece.len() as u64);
+        // A server without ranges sends it all from the beginning.
+        let from = range.start.clamp(start, end) - start;
+        let to = range.end.clamp(start, end) - start;
+        let within = usize::try_from(from).ok().zip(usize::try_from(to).ok());
+        if let Some(wanted) = within.and_then(|(from, to)| piece.get(from..to)) {
+            bytes.extend_from_slice(wanted);
+        }
+        start = end;
+        if start >= range.end {
+            break;
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_key_says_what_it_is_to_whoever_lists_the_cache() {
+        let chain = Chain::new("default", "linux-x64", "refs/heads/main");
+        let key = chain.key(7);
+        assert_eq!(
+            key,
+            "sccache-packs/default/linux-x64/refs/heads/main#00000007"
+        );
+        assert_eq!(chain.number(&key), Some(7));
+        let other = Chain::new("default", "linux-x64", "refs/heads/main/2");
+        assert_eq!(other.number(&key), None);
+        assert_eq!(chain.number(&other.key(7)), None);
+    }
+
+    proptest! {
+        #[test]
+        fn keys_of_different_scopes_are_different_and_never_begin_like_each_other(
+            one in "\\PC{0,300}", two in "\\PC{0,300}",
+        ) {
+            let (first, second) = (Chain::new(&one, "p", &two), Chain::new(&two, "p", &one));
+            for chain in [&first, &second] {
+                let key = chain.key(u64::MAX);
+                prop_assert!(key.chars().count() <= 512 && !key.contains(','));
+            }
+            if one != two {
+                prop_assert!(!first.prefix.starts_with(&second.prefix));
+                prop_assert!(!second.prefix.starts_with(&first.prefix));
+            }
+        }
+    }
+}
