@@ -15,7 +15,7 @@ mod v2;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Router;
 use axum::http::HeaderMap;
@@ -83,7 +83,7 @@ pub enum ServiceError {
 #[derive(Debug)]
 pub struct Shared<S> {
     store: S,
-    tokens: Tokens,
+    tokens: RwLock<Tokens>,
     signer: UrlSigner,
     counters: Counters,
     address: SocketAddr,
@@ -97,7 +97,7 @@ impl<S: Store> Shared<S> {
     pub fn new(store: S, tokens: Tokens, address: SocketAddr) -> Result<Self, getrandom::Error> {
         Ok(Self {
             store,
-            tokens,
+            tokens: RwLock::new(tokens),
             signer: UrlSigner::random()?,
             counters: Counters::default(),
             address,
@@ -109,10 +109,17 @@ impl<S: Store> Shared<S> {
         self.counters.snapshot()
     }
 
+    /// Lets `token` do what `access` says, from now on.
+    pub fn admit(&self, token: &BearerToken, access: Access) {
+        let mut tokens = self.tokens.write().unwrap_or_else(PoisonError::into_inner);
+        *tokens = std::mem::take(&mut *tokens).with(token, access);
+    }
+
     /// What the sender of a request may do, or `None`.
     fn access(&self, headers: &HeaderMap) -> Option<Arc<Access>> {
         let header = headers.get(AUTHORIZATION).map(|value| value.as_bytes());
-        self.tokens.access(header)
+        let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
+        tokens.access(header)
     }
 
     /// A signed URL for the content numbered `id`, under the host that the client itself used: it

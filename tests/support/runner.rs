@@ -16,8 +16,10 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_sccache-action");
 
 /// One job of a runner. What it started is stopped when it is dropped.
 pub struct Job {
-    folder: TempDir,
+    folder: PathBuf,
     environment: Environment,
+    /// What removes the folder, where it is the job's own.
+    _temporary: Option<TempDir>,
 }
 
 const FILES: [&str; 5] = [
@@ -74,22 +76,24 @@ impl Job {
     /// `PATH` and asked for.
     pub fn with_sccache(sccache: &Path) -> Self {
         let mut job = Self::new();
-        let tools = job.path("tools-on-path");
-        fs::create_dir_all(&tools).unwrap();
-        std::os::unix::fs::symlink(sccache, tools.join("sccache")).unwrap();
-        let path = format!("{}:{}", tools.display(), std::env::var("PATH").unwrap());
-        job.set("PATH", path);
-        job.set("INPUT_INSTALL-FROM", "path");
-        job.set("INPUT_VERSION", "latest");
+        job.use_sccache(sccache);
         job
     }
 
     /// A job without sccache.
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let temporary = tempfile::tempdir().unwrap();
+        let mut job = Self::in_folder(temporary.path().to_owned());
+        job._temporary = Some(temporary);
+        job
+    }
+
+    /// A job without sccache in this folder, which stays when the job is dropped.
+    pub fn in_folder(folder: PathBuf) -> Self {
         let mut job = Self {
             folder,
             environment: Environment::default(),
+            _temporary: None,
         };
         // What the machine's own environment may say of sccache must not reach the test.
         for name in [
@@ -103,6 +107,7 @@ impl Job {
                 job.set(name, value);
             }
         }
+        fs::create_dir_all(&job.folder).unwrap();
         for name in FILES {
             let file = job.path(name);
             fs::write(&file, "").unwrap();
@@ -125,7 +130,7 @@ impl Job {
 
     /// A path in the job's folder.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     /// Sets a variable for all steps, as `env:` of a workflow does.
@@ -136,6 +141,17 @@ impl Job {
     /// The variable as the first step has it.
     pub fn get(&self, name: &str) -> &str {
         self.environment.get(name).unwrap_or_default()
+    }
+
+    /// Puts this sccache on `PATH` and asks the action for it.
+    pub fn use_sccache(&mut self, sccache: &Path) {
+        let tools = self.path("tools-on-path");
+        fs::create_dir_all(&tools).unwrap();
+        std::os::unix::fs::symlink(sccache, tools.join("sccache")).unwrap();
+        let path = format!("{}:{}", tools.display(), self.get("PATH"));
+        self.set("PATH", path);
+        self.set("INPUT_INSTALL-FROM", "path");
+        self.set("INPUT_VERSION", "latest");
     }
 
     /// Gives the action's steps a cache service.

@@ -1,0 +1,173 @@
+//! What each way of keeping a build's objects between jobs costs and brings: without a cache, on a
+//! disk that stays, through the action, and in an archive as `actions/cache` saves it.
+//!
+//! Each is measured in two jobs, the first with an empty cache and the second with what the first
+//! left. A job begins on an empty runner at the same paths, as GitHub's do.
+//!
+//! The cache service is a simulation of GitHub's, with its latency and its limit on uploads. It
+//! runs on the same cores as the build, and transfers are not slowed down, so what moves many bytes
+//! looks better here than there. The action's steps run without their launcher, which adds the
+//! start of node to each; `@actions/cache` has that in its times.
+//!
+//! usage: cargo bench --bench modes -- --help     (needs tests/tools.sh to have run)
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "modes/job.rs"]
+mod job;
+#[path = "modes/project.rs"]
+mod project;
+#[path = "modes/relay.rs"]
+mod relay;
+#[path = "../tests/support/runner.rs"]
+#[allow(dead_code, reason = "tests use the rest")]
+mod runner;
+#[path = "modes/table.rs"]
+mod table;
+#[path = "../tests/support/tools.rs"]
+mod tools;
+#[path = "../tests/support/upstream.rs"]
+#[allow(dead_code, reason = "tests use the rest")]
+mod upstream;
+
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use tempfile::TempDir;
+
+use job::{JobResult, Occasion};
+use project::Project;
+use upstream::Upstream;
+
+/// Measures whole jobs, cold and warm, in each mode.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo bench --bench modes --")]
+struct Options {
+    /// How many C files the C build compiles; 0 leaves it out
+    #[arg(long, default_value_t = 5000, value_name = "N")]
+    c_files: usize,
+    /// Whether the Rust project is built too
+    #[arg(long, default_value = "on", value_name = "SWITCH")]
+    crates: Switch,
+    /// Only these modes
+    #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
+    only: Vec<Mode>,
+    /// What a call of the cache service's API takes
+    #[arg(long, default_value_t = 40, value_name = "MS")]
+    api_latency_ms: u64,
+    /// What an upload or a download takes before its first byte
+    #[arg(long, default_value_t = 25, value_name = "MS")]
+    blob_latency_ms: u64,
+    /// How many entries may be made in any 60 seconds
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    uploads_per_minute: u32,
+    /// The version of sccache, one of those that tests/tools.sh fetches
+    #[arg(long, default_value = "0.16.0", value_name = "VERSION")]
+    sccache: String,
+    /// What cargo adds for benchmarks of its own kind
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// How objects are kept between jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Not at all: a plain build
+    None,
+    /// By sccache alone on a disk that stays: what the others are compared with
+    Disk,
+    /// By the action, an entry of the cache service for each object
+    Direct,
+    /// By the action, many objects in an entry
+    Packed,
+    /// By sccache alone on a disk, which is saved and restored as `actions/cache` does
+    Archive,
+    /// By no sccache: cargo's target folder is saved and restored; Rust only
+    ArchiveTarget,
+}
+
+impl Mode {
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// Whether objects pass through the cache service.
+    fn needs_upstream(self) -> bool {
+        !matches!(self, Self::None | Self::Disk)
+    }
+}
+
+fn main() {
+    let options = Options::parse();
+    // Before anything is measured that would be in vain.
+    let sccache = tools::sccache(&options.sccache);
+    tools::npm();
+    if options.c_files > 0 {
+        let files = options.c_files;
+        measure(&options, &sccache, Project::C { files });
+    }
+    if options.crates == Switch::On {
+        project::fetch_crates();
+        measure(&options, &sccache, Project::Rust);
+    }
+}
+
+/// Builds `project` in each mode and prints the table.
+fn measure(options: &Options, sccache: &Path, project: Project) {
+    let mut results = Vec::new();
+    for mode in Mode::value_variants() {
+        let wanted = options.only.is_empty() || options.only.contains(mode);
+        if wanted && project.is_built_in(*mode) {
+            results.extend(both_jobs(options, sccache, project, *mode));
+        }
+    }
+    let Some(first) = results.first() else {
+        return;
+    };
+    println!(
+        "\n{}\nsccache {}, {} ms to the API, {} ms to content, {} uploads a minute\n\n{}",
+        project.description(first.compiles),
+        options.sccache,
+        options.api_latency_ms,
+        options.blob_latency_ms,
+        options.uploads_per_minute,
+        table::of(&results)
+    );
+}
+
+/// The cold job and the warm one, with an upstream of their own.
+fn both_jobs(options: &Options, sccache: &Path, project: Project, mode: Mode) -> [JobResult; 2] {
+    let root = TempDir::new().unwrap();
+    let upstream = mode.needs_upstream().then(|| {
+        Upstream::start(upstream::Options {
+            api_latency: Duration::from_millis(options.api_latency_ms),
+            blob_latency: Duration::from_millis(options.blob_latency_ms),
+            uploads_per_minute: Some(options.uploads_per_minute),
+        })
+    });
+    ["cold", "warm"].map(|name| {
+        eprintln!("{} {} {name} ...", project.name(), mode.name());
+        if let Some(upstream) = &upstream {
+            // The jobs of a repository are further apart than these two.
+            upstream.forget_uploads();
+        }
+        let result = job::run(&Occasion {
+            root: root.path(),
+            sccache,
+            project,
+            mode,
+            name,
+            upstream: upstream.as_ref(),
+        });
+        eprintln!("    {:.2} s", result.total().as_secs_f64());
+        result
+    })
+}
