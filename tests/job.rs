@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/c_build.rs"]
+mod c_build;
 #[path = "support/runner.rs"]
 #[allow(dead_code, reason = "each test uses its part")]
 mod runner;
@@ -21,35 +23,12 @@ use axum::extract::Request;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
-use runner::{Job, kill};
+use c_build::{BUILD, FILES, object, objects, remove_objects, write_sources};
+use runner::{Job, all_files, kill};
 use sccache_action::service::disk::DiskStore;
 use sccache_action::service::{self, Shared};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-
-const FILES: usize = 6;
-
-/// A loop over [`FILES`] C files through whatever compiles Rust's C code: `sccache` on `PATH`.
-const BUILD: &str = "for i in 1 2 3 4 5 6; do sccache gcc -c $i.c -o $i.o; done";
-
-fn write_sources(job: &Job) {
-    for i in 1..=FILES {
-        let source = format!("int f{i}(void) {{ return {i}; }}\n");
-        fs::write(job.path("workspace").join(format!("{i}.c")), source).unwrap();
-    }
-}
-
-fn objects(job: &Job) -> usize {
-    (1..=FILES)
-        .filter(|i| job.path("workspace").join(format!("{i}.o")).is_file())
-        .count()
-}
-
-fn remove_objects(job: &Job) {
-    for i in 1..=FILES {
-        fs::remove_file(job.path("workspace").join(format!("{i}.o"))).unwrap();
-    }
-}
 
 /// A cache service in this process, and the runtime that it runs in.
 struct Service {
@@ -101,6 +80,8 @@ impl Service {
 fn job_with_service(sccache: &str, service: &Service) -> Job {
     let mut job = Job::with_sccache(&tools::sccache(sccache));
     job.use_service(&service.url, &service.token);
+    // The relay has its own tests.
+    job.set("INPUT_MODE", "direct");
     write_sources(&job);
     job
 }
@@ -193,8 +174,7 @@ fn the_token_is_in_no_later_step_in_no_file_and_in_no_log() {
         .filter(|line| !line.starts_with("::add-mask::"))
         .collect::<Vec<_>>()
         .join("\n");
-    let mut files = Vec::new();
-    all_files(&job.path(""), &mut files);
+    let files = all_files(&job.path(""));
     assert!(files.len() > 10);
     for secret in [service.token.as_str(), "ghs_0123456789abcdef"] {
         assert!(!printed.contains(secret));
@@ -204,18 +184,6 @@ fn the_token_is_in_no_later_step_in_no_file_and_in_no_log() {
                 .windows(secret.len())
                 .any(|part| part == secret.as_bytes());
             assert!(!found, "{}", file.display());
-        }
-    }
-}
-
-fn all_files(folder: &Path, into: &mut Vec<std::path::PathBuf>) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let entry = entry.unwrap();
-        let kind = entry.file_type().unwrap();
-        if kind.is_dir() {
-            all_files(&entry.path(), into);
-        } else if kind.is_file() {
-            into.push(entry.path());
         }
     }
 }
@@ -702,10 +670,6 @@ fn a_service_that_fails_reads_or_lies_leaves_the_build_green_and_the_objects_rig
         }
         job.report().green();
     }
-}
-
-fn object(job: &Job, i: usize) -> Vec<u8> {
-    fs::read(job.path("workspace").join(format!("{i}.o"))).unwrap()
 }
 
 #[test]

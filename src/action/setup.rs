@@ -597,7 +597,8 @@ fn publish(
         read_only: ready.read_only,
         relay: ready.relay.as_ref().map(|relay| relay.running.clone()),
     });
-    let disk_level = ready.state_dir.disk_level();
+    let has_disk_level = ready.relay.is_some() && ready.installed.version >= CHAIN_SINCE;
+    let disk_level = has_disk_level.then(|| ready.state_dir.disk_level());
     let told = || {
         files.save_state(&setup.to_variables())?;
         files.set_outputs(&outputs(ready))?;
@@ -610,7 +611,7 @@ fn publish(
             ready.mode,
             ready.server.port(),
             &ready.state_dir.wrapper(),
-            &disk_level,
+            disk_level.as_deref(),
         ))
     };
     told().map_err(SetupError::io("the runner's files cannot be written"))
@@ -634,7 +635,7 @@ fn exports(
     mode: Mode,
     port: u16,
     wrapper: &Path,
-    disk_level: &Path,
+    disk_level: Option<&Path>,
 ) -> Vec<Variable> {
     let wrapper = wrapper.display().to_string();
     // Where this set-up's server is, is never the user's to say: another's would be asked.
@@ -642,6 +643,11 @@ fn exports(
         ("SCCACHE_SERVER_PORT", port.to_string()),
         ("SCCACHE_PATH", wrapper.clone()),
     ];
+    if let Some(folder) = disk_level {
+        // Where this server's disk cache is neither. One that sccache starts in place of it goes on
+        // with what is there, and what that adds is saved all the same.
+        exports.push(("SCCACHE_DIR", folder.display().to_string()));
+    }
     let mut unless_set = |name: &'static str, value: &str| {
         if !environment.has(name) {
             exports.push((name, value.to_owned()));
@@ -649,11 +655,9 @@ fn exports(
     };
     match mode {
         Mode::Direct => unless_set("SCCACHE_GHA_ENABLED", "true"),
-        // A server that sccache starts in place of one that was killed goes on with the objects
-        // that are there, and what it adds is saved all the same. Were GitHub's cache switched on
-        // for it, it would look for a token that it must not have, and not start.
-        Mode::Packed => unless_set("SCCACHE_DIR", &disk_level.display().to_string()),
-        Mode::Local | Mode::External => {}
+        // Were GitHub's cache switched on for a server that sccache starts in place of one that was
+        // killed, it would look for a token that it must not have, and not start.
+        Mode::Packed | Mode::Local | Mode::External => {}
     }
     unless_set("SCCACHE_IDLE_TIMEOUT", "0");
     unless_set("SCCACHE_IGNORE_SERVER_IO_ERROR", "1");
@@ -692,7 +696,8 @@ mod tests {
 
     fn exported(environment: &Environment, wrap: Wrap, mode: Mode) -> Environment {
         let wrapper = Path::new("/s/bin/sccache");
-        exports(environment, wrap, mode, 7, wrapper, Path::new("/s/disk"))
+        let disk_level = (mode == Mode::Packed).then_some(Path::new("/s/disk"));
+        exports(environment, wrap, mode, 7, wrapper, disk_level)
             .into_iter()
             .collect()
     }

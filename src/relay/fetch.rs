@@ -105,7 +105,7 @@ impl Relay {
         let file = match LocalFile::create(&path) {
             Ok(file) => file,
             Err(error) => {
-                slot.state = PackState::Lost;
+                slot.state = PackState::Lost { gone: false };
                 self.trouble("a pack cannot be kept", &error);
                 return;
             }
@@ -139,7 +139,9 @@ impl Relay {
         }
         let state = match &result {
             Ok(()) => PackState::Local(file),
-            Err(_) => PackState::Lost,
+            Err(error) => PackState::Lost {
+                gone: matches!(error, Broken::Cache(CacheError::Gone)),
+            },
         };
         if let Some(slot) = lock(&self.objects).packs.get_mut(pack) {
             slot.state = state;
@@ -258,7 +260,7 @@ impl Relay {
             }
             Some(state @ PackState::Fetching(..)) => Step::Wait(state.clone(), end),
             Some(PackState::Local(_)) => Step::Done(true),
-            Some(PackState::Lost) | None => Step::Done(false),
+            Some(PackState::Lost { .. }) | None => Step::Done(false),
         }
     }
 
@@ -268,7 +270,7 @@ impl Relay {
         let mut progress = match state {
             PackState::Fetching(progress, _) => progress.clone(),
             PackState::Local(_) => return Some(true),
-            PackState::Remote { .. } | PackState::Lost => return Some(false),
+            PackState::Remote { .. } | PackState::Lost { .. } => return Some(false),
         };
         let done = progress.wait_for(|progress| progress.bytes >= end || progress.failed);
         match tokio::time::timeout(limit, done).await {
@@ -323,7 +325,7 @@ impl Relay {
                     && let Some(slot) = lock(&self.objects).packs.get_mut(pack)
                     && matches!(slot.state, PackState::Remote { .. })
                 {
-                    slot.state = PackState::Lost;
+                    slot.state = PackState::Lost { gone: true };
                 }
                 self.trouble("an object could not be fetched", &error);
                 false

@@ -77,8 +77,8 @@ pub(super) enum PackState {
     Fetching(watch::Receiver<Progress>, Arc<LocalFile>),
     /// On this machine.
     Local(Arc<LocalFile>),
-    /// Nowhere that could be found.
-    Lost,
+    /// Nowhere that could be found: gone for good, or out of reach in this job.
+    Lost { gone: bool },
 }
 
 /// A pack that holds objects of this job.
@@ -250,6 +250,25 @@ impl Objects {
         self.pack_numbers.get(name).copied()
     }
 
+    /// Whether an object is here, or in a pack that is.
+    fn is_somewhere(&self, slot: &Slot) -> bool {
+        match slot.place {
+            Place::File(..) => true,
+            Place::Pack(pack, _) => {
+                let state = self.packs.get(pack).map(|pack| &pack.state);
+                state.is_some_and(|state| !matches!(state, PackState::Lost { .. }))
+            }
+        }
+    }
+
+    /// Whether a pack was looked for and is no more.
+    pub(super) fn is_gone(&self, name: &str) -> bool {
+        let pack = self
+            .pack_number(name)
+            .and_then(|number| self.packs.get(number));
+        pack.is_some_and(|pack| matches!(pack.state, PackState::Lost { gone: true }))
+    }
+
     /// Notes that this job used the object.
     pub(super) fn used(&mut self, key: ObjectKey) {
         if let Some(slot) = self.table.get_mut(&key) {
@@ -390,12 +409,10 @@ impl Relay {
         let (digest, length) = measure(content)?;
         {
             let mut objects = lock(&self.objects);
-            let same = objects
-                .table
-                .get_mut(&key)
-                .filter(|slot| slot.digest == digest && slot.length == length);
-            if let Some(slot) = same {
-                slot.used = true;
+            let same = |slot: &&Slot| slot.digest == digest && slot.length == length;
+            let known = objects.table.get(&key).filter(same).cloned();
+            if let Some(slot) = known.filter(|slot| objects.is_somewhere(slot)) {
+                objects.used(key);
                 return Ok((slot.number, length));
             }
         }

@@ -201,6 +201,9 @@ impl Relay {
         let mut moved = BTreeSet::new();
         if last {
             own.index.retain(time, self.config.max_size);
+            let objects = lock(&self.objects);
+            own.index.packs.retain(|name, _| !objects.is_gone(name));
+            drop(objects);
             let note_is_due = self.note_use(own, others, time);
             moved = self.wasteful(own, &draft);
             if !note_is_due && draft.is_empty() && moved.is_empty() {

@@ -242,23 +242,58 @@ impl Job {
     /// ends then.
     #[track_caller]
     pub fn server_ends(&self) {
-        let environment = self.entries("GITHUB_ENV");
-        port_is_left(environment.get("SCCACHE_SERVER_PORT").unwrap());
+        let begin = Instant::now();
+        while let Some(pid) = self.server_pid() {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{pid} serves");
+            std::thread::yield_now();
+        }
+    }
+
+    /// The job's relay, if it has one that runs.
+    pub fn relay_pid(&self) -> Option<u32> {
+        let state = self.entries("GITHUB_STATE");
+        self.own_listener(state.get("relay-port")?)
     }
 
     /// The process that serves sccache's port, if there is one.
     pub fn server_pid(&self) -> Option<u32> {
         let port = self.entries("GITHUB_ENV");
-        listener(port.get("SCCACHE_SERVER_PORT")?.parse().ok()?)
+        self.own_listener(port.get("SCCACHE_SERVER_PORT")?)
+    }
+
+    /// The process of this job that serves a port: another job may have got it since.
+    fn own_listener(&self, port: &str) -> Option<u32> {
+        let pid = listener(port.parse().ok()?)?;
+        let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let own = format!("RUNNER_TEMP={}", self.get("RUNNER_TEMP"));
+        let mut variables = environment.split(|byte| *byte == 0);
+        variables
+            .any(|variable| variable == own.as_bytes())
+            .then_some(pid)
     }
 }
 
 impl Drop for Job {
     fn drop(&mut self) {
-        if let Some(pid) = self.server_pid() {
+        for pid in [self.server_pid(), self.relay_pid()].into_iter().flatten() {
             kill(pid);
         }
     }
+}
+
+/// All files below a folder.
+pub fn all_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            files.append(&mut all_files(&entry.path()));
+        } else if kind.is_file() {
+            files.push(entry.path());
+        }
+    }
+    files
 }
 
 /// Waits until this port is served no more.

@@ -126,7 +126,7 @@ pub struct Upstream {
     front: Arc<Front>,
     shared: Arc<Shared<DiskStore>>,
     runtime: Option<Runtime>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// What stands before the service.
@@ -172,7 +172,7 @@ impl Upstream {
             front,
             shared,
             runtime: Some(runtime),
-            _folder: folder,
+            folder,
         };
         upstream.token = upstream.token_for(Some(DEFAULT_BRANCH), &[]);
         upstream
@@ -210,6 +210,19 @@ impl Upstream {
     /// Holds no upload so far against the limit, as if a minute had passed.
     pub fn forget_uploads(&self) {
         lock(&self.front.granted).clear();
+    }
+
+    /// Loses the content of the entry that was committed first.
+    pub fn lose_first_entry(&self) {
+        let folder = self.folder.path().join("entries");
+        let entries = std::fs::read_dir(folder).unwrap();
+        let first = entries
+            .map(|entry| entry.unwrap().path())
+            .min_by_key(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap();
+                name.parse::<u64>().unwrap()
+            });
+        std::fs::remove_file(first.unwrap()).unwrap();
     }
 
     /// Ends it at once: requests in flight are cut off, and new ones find nobody.

@@ -1,0 +1,590 @@
+//! Whole jobs in mode `packed`, with the real sccache and real compilers against an upstream that
+//! is far away, refuses, lies, or is gone; and with the relay and sccache killed in turn.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/c_build.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod c_build;
+#[path = "support/runner.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod runner;
+#[path = "support/tools.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod tools;
+#[path = "support/upstream.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod upstream;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+use c_build::{BUILD, FILES, object, objects, remove_objects, write_source, write_sources};
+use runner::{BINARY, Job, Step, all_files, kill};
+use sccache_action::http_client;
+use upstream::{Fault, Options, Upstream};
+
+fn job(sccache: &str, upstream: &Upstream) -> Job {
+    let mut job = Job::with_sccache(&tools::sccache(sccache));
+    join(&mut job, upstream);
+    job
+}
+
+/// A folder whose jobs run all in the same place, as a runner's do: the keys of the preprocessor
+/// cache have the working directory in them.
+struct Place<'a>(&'a Path);
+
+impl Place<'_> {
+    fn job(&self, sccache: &str, upstream: &Upstream) -> Job {
+        let place = self.0.join("job");
+        if place.exists() {
+            fs::remove_dir_all(&place).unwrap();
+        }
+        let mut job = Job::in_folder(place);
+        job.use_sccache(&tools::sccache(sccache));
+        join(&mut job, upstream);
+        job
+    }
+}
+
+fn join(job: &mut Job, upstream: &Upstream) {
+    job.use_service(&upstream.url, &upstream.token);
+    job.set("GITHUB_WORKFLOW", "CI");
+    job.set("GITHUB_JOB", "build");
+    job.set("INPUT_WRAP", "c");
+    write_sources(job);
+}
+
+/// Sets up, builds and reports; all of it must be green.
+#[track_caller]
+fn run(job: &Job) -> Step {
+    let setup = job.setup().green();
+    assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+    assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("packed"));
+    job.shell(BUILD).green();
+    assert_eq!(objects(job), FILES);
+    let report = job.report().green();
+    job.server_ends();
+    report
+}
+
+#[track_caller]
+fn assert_says(report: &Step, expected: &str) {
+    assert!(report.stdout.contains(expected), "{}", report.stdout);
+}
+
+const COLD: &str = "0 hits, 6 misses, 0 errors";
+const WARM: &str = "6 hits, 0 misses, 0 errors";
+
+#[test]
+fn what_one_job_compiled_the_next_has_from_a_pack_with_every_sccache_that_has_githubs_cache() {
+    // With a disk cache in front; without; the first and the last that speak version 1 only.
+    for version in [
+        "0.16.0", "0.15.0", "0.14.0", "0.10.0", "0.9.1", "0.5.3", "0.4.0",
+    ] {
+        let upstream = Upstream::start(Options::default());
+        let folder = tempfile::tempdir().unwrap();
+        for expected in [COLD, WARM] {
+            let before = upstream.counts();
+            let job = Place(folder.path()).job(version, &upstream);
+            let report = run(&job);
+            assert_says(&report, expected);
+            assert!(report.warnings().is_empty(), "{version} {}", report.stdout);
+            let requests = upstream.counts().since(&before).requests();
+            assert!(requests <= 6, "{version} {expected}: {requests} requests");
+        }
+        // The warm job had nothing to write.
+        assert_eq!(upstream.counts().commits, 1, "{version}");
+    }
+}
+
+#[test]
+fn an_upgrade_of_sccache_keeps_the_cache() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.15.0", &upstream)), COLD);
+    assert_says(&run(&job("0.16.0", &upstream)), WARM);
+}
+
+#[test]
+fn the_preprocessor_cache_comes_along() {
+    let upstream = Upstream::start(Options::default());
+    let folder = tempfile::tempdir().unwrap();
+    for expected in [COLD, WARM] {
+        let job = Place(folder.path()).job("0.16.0", &upstream);
+        let header = job.path("workspace").join("header.h");
+        fs::write(&header, "int used(void);\n").unwrap();
+        for i in 1..=FILES {
+            let source = format!("#include \"header.h\"\nint f{i}(void) {{ return used(); }}\n");
+            fs::write(job.path("workspace").join(format!("{i}.c")), source).unwrap();
+        }
+        // sccache does not cache what it knows of a header that may still be changing.
+        let age = std::time::SystemTime::now() - Duration::from_secs(60);
+        fs::File::options()
+            .write(true)
+            .open(&header)
+            .unwrap()
+            .set_modified(age)
+            .unwrap();
+        job.setup().green();
+        if expected == WARM {
+            let entries = all_files(&disk_level(&job).join("preprocessor"));
+            assert!(entries.len() >= FILES, "{entries:?}");
+            // A preprocessor that is not asked cannot fail.
+            let compiler = "echo 'int f1(void) { return 1; }' > unused.c";
+            job.shell(compiler).green();
+        }
+        job.shell(BUILD).green();
+        assert_says(&job.report().green(), expected);
+    }
+}
+
+fn disk_level(job: &Job) -> std::path::PathBuf {
+    job.entries("GITHUB_ENV").path("SCCACHE_DIR").unwrap()
+}
+
+#[test]
+fn jobs_that_run_at_the_same_time_and_a_pull_request_end_with_the_union() {
+    let upstream = Upstream::start(Options {
+        api_latency: Duration::from_millis(20),
+        ..Options::default()
+    });
+    let on_main = |name: &str, value: &str| {
+        let mut job = job("0.16.0", &upstream);
+        job.set("GITHUB_JOB", name);
+        write_source(&job, 1, value);
+        job
+    };
+    let (one, two) = (on_main("one", "101"), on_main("two", "102"));
+    std::thread::scope(|scope| {
+        for job in [&one, &two] {
+            scope.spawn(|| {
+                job.setup().green();
+                job.shell(BUILD).green();
+            });
+        }
+    });
+    // Both write at the same moment.
+    std::thread::scope(|scope| {
+        for job in [&one, &two] {
+            scope.spawn(|| assert_says(&job.report().green(), COLD));
+        }
+    });
+    let pull_request = |value: &str| {
+        let mut job = job("0.16.0", &upstream);
+        let token = upstream.token_for(Some("refs/pull/1/merge"), &["refs/heads/main"]);
+        job.set("ACTIONS_RUNTIME_TOKEN", token);
+        write_source(&job, 1, value);
+        job
+    };
+    assert_says(&run(&pull_request("103")), "5 hits, 1 miss, 0 errors");
+    // The third run there has what each of the three compiled alone.
+    for value in ["101", "102", "103"] {
+        assert_says(&run(&pull_request(value)), WARM);
+    }
+    // What a pull request compiled is not seen outside of it.
+    assert_says(&run(&on_main("one", "103")), "5 hits, 1 miss, 0 errors");
+    assert_says(&run(&on_main("three", "102")), WARM);
+}
+
+#[test]
+fn namespaces_do_not_see_each_other() {
+    let upstream = Upstream::start(Options::default());
+    for (namespace, expected) in [("a", COLD), ("b", COLD), ("a", WARM)] {
+        let mut job = job("0.16.0", &upstream);
+        job.set("INPUT_NAMESPACE", namespace);
+        assert_says(&run(&job), expected);
+    }
+}
+
+/// Waits until `done` says so.
+#[track_caller]
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_relay_that_is_killed_costs_what_it_had_not_saved_and_one_warning() {
+    let upstream = Upstream::start(Options::default());
+    let mut killed = job("0.16.0", &upstream);
+    killed.set("SCCACHE_ACTION_FLUSH_SECONDS", "0");
+    killed.setup().green();
+    killed
+        .shell("for i in 1 2 3; do sccache gcc -c $i.c -o $i.o; done")
+        .green();
+    wait_until("three objects are saved", || {
+        upstream.counts().commits > 0 && saved_objects(&upstream) >= 3
+    });
+    kill(killed.relay_pid().unwrap());
+    killed.shell(BUILD).green();
+    assert_eq!(objects(&killed), FILES);
+    let report = killed.report().green();
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{}", report.stdout);
+    assert!(warnings[0].contains("relay"), "{warnings:?}");
+    assert_says(
+        &run(&job("0.16.0", &upstream)),
+        "3 hits, 3 misses, 0 errors",
+    );
+}
+
+/// How many objects a job that begins now would find.
+fn saved_objects(upstream: &Upstream) -> usize {
+    let job = job("0.16.0", upstream);
+    job.setup().green();
+    let objects = all_files(&disk_level(&job)).len();
+    job.report().green();
+    // The probe's object is not one of the build's.
+    objects.saturating_sub(1)
+}
+
+#[test]
+fn a_server_of_sccaches_that_is_killed_costs_nothing() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.16.0", &upstream);
+    job.setup().green();
+    job.shell("sccache gcc -c 1.c -o 1.o").green();
+    kill(job.server_pid().unwrap());
+    job.shell(BUILD).green();
+    job.report().green();
+    job.server_ends();
+    assert_says(&run(&self::job("0.16.0", &upstream)), WARM);
+}
+
+#[test]
+fn whatever_the_upstream_does_the_build_is_green_and_the_objects_are_right() {
+    let retry = Some(1);
+    for (name, fault) in [
+        ("429", Fault::Status(StatusCode::TOO_MANY_REQUESTS, retry)),
+        (
+            "500",
+            Fault::Status(StatusCode::INTERNAL_SERVER_ERROR, None),
+        ),
+        ("truncated", Fault::TruncateDownloads),
+        ("flipped in the header", Fault::FlipBytes { offset: 20 }),
+        ("flipped in the index", Fault::FlipBytes { offset: 200 }),
+        ("lost", Fault::LoseBlobs),
+    ] {
+        let upstream = Upstream::start(Options::default());
+        let first = job("0.16.0", &upstream);
+        assert_says(&run(&first), COLD);
+        let right: Vec<Vec<u8>> = (1..=FILES).map(|i| object(&first, i)).collect();
+        upstream.set_fault(Some(fault));
+        let second = job("0.16.0", &upstream);
+        let setup = second.setup().green();
+        second.shell(BUILD).green();
+        for (i, right) in (1..=FILES).zip(&right) {
+            assert!(object(&second, i) == *right, "{name}: {i}.o");
+        }
+        // The post step must not be waited out for a fault that does not pass.
+        upstream.set_fault(None);
+        let report = second.report().green();
+        let warnings = setup.warnings().len() + report.warnings().len();
+        assert!(warnings <= 1, "{name}: {}{}", setup.stdout, report.stdout);
+        assert_says(&report, "0 errors");
+        // And nothing of the fault stays.
+        assert_says(&run(&job("0.16.0", &upstream)), WARM);
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_an_object_is_noticed_and_the_object_compiled_anew() {
+    let upstream = Upstream::start(Options::default());
+    // Objects that are not put on sccache's disk: they come from the relay when asked for.
+    for (fault, expected) in [
+        (None, COLD),
+        (Some(Fault::FlipBytes { offset: 2_000 }), "5 hits, 1 miss"),
+    ] {
+        let job = job("0.10.0", &upstream);
+        upstream.set_fault(fault);
+        job.setup().green();
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        assert_says(&report, expected);
+        assert_eq!(report.warnings().len(), usize::from(fault.is_some()));
+    }
+}
+
+#[test]
+fn an_upstream_that_hangs_costs_seconds_and_one_warning() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.16.0", &upstream)), COLD);
+    upstream.set_fault(Some(Fault::Hang));
+    let job = job("0.16.0", &upstream);
+    let begin = Instant::now();
+    let setup = job.setup().green();
+    job.shell(BUILD).green();
+    assert!(
+        begin.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert_eq!(objects(&job), FILES);
+    upstream.set_fault(None);
+    let report = job.report().green();
+    assert!(
+        setup.warnings().len() + report.warnings().len() <= 1,
+        "{}",
+        report.stdout
+    );
+}
+
+#[test]
+fn an_upstream_that_is_gone_costs_one_warning() {
+    let mut upstream = Upstream::start(Options::default());
+    upstream.kill();
+    let job = job("0.16.0", &upstream);
+    let setup = job.setup().green();
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    // A job whose network is back in a minute is worth waiting for; this test is not.
+    kill(job.relay_pid().unwrap());
+    let report = job.report().green();
+    assert_eq!(setup.warnings().len() + report.warnings().len(), 1);
+}
+
+#[test]
+fn a_refusal_that_passes_loses_nothing() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.16.0", &upstream);
+    job.setup().green();
+    job.shell(BUILD).green();
+    let refusal = Fault::RefuseWrites(StatusCode::TOO_MANY_REQUESTS, Some(2));
+    upstream.set_fault(Some(refusal));
+    let report = std::thread::scope(|scope| {
+        let report = scope.spawn(|| job.report().green());
+        wait_until("a write is refused", || upstream.counts().reservations > 0);
+        upstream.set_fault(None);
+        report.join().unwrap()
+    });
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert_says(&report, "Refused with 429 and made up for later: 1");
+    assert_says(&run(&self::job("0.16.0", &upstream)), WARM);
+}
+
+#[test]
+fn a_token_that_may_only_read_is_respected_and_no_trouble() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.16.0", &upstream)), COLD);
+    let before = upstream.counts();
+    let mut known = job("0.16.0", &upstream);
+    let token = upstream.token_for(None, &["refs/heads/main"]);
+    known.set("ACTIONS_RUNTIME_TOKEN", token);
+    write_source(&known, 1, "7");
+    let setup = known.setup().green();
+    assert!(setup.stdout.contains("may only read"), "{}", setup.stdout);
+    known.shell(BUILD).green();
+    let report = known.report().green();
+    assert_says(&report, "5 hits, 1 miss, 0 errors");
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    // Or it turns out when something is written.
+    upstream.set_fault(Some(Fault::DenyWrites));
+    let unknown = job("0.16.0", &upstream);
+    write_source(&unknown, 1, "8");
+    let report = run(&unknown);
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert_says(&report, "nothing, since the cache may only be read");
+    assert_eq!(upstream.counts().since(&before).commits, 0);
+}
+
+#[test]
+fn a_pack_that_vanished_is_a_plain_miss_and_is_written_anew() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.16.0", &upstream)), COLD);
+    let second = job("0.16.0", &upstream);
+    write_source(&second, 1, "7");
+    assert_says(&run(&second), "5 hits, 1 miss, 0 errors");
+    upstream.lose_first_entry();
+    let third = job("0.16.0", &upstream);
+    write_source(&third, 1, "7");
+    third.setup().green();
+    third.shell(BUILD).green();
+    let report = third.report().green();
+    assert_says(&report, "1 hit, 5 misses, 0 errors");
+    assert_eq!(report.warnings().len(), 1, "{}", report.stdout);
+    let fourth = job("0.16.0", &upstream);
+    write_source(&fourth, 1, "7");
+    assert_says(&fourth_run(&fourth), WARM);
+}
+
+fn fourth_run(job: &Job) -> Step {
+    job.setup().green();
+    job.shell(BUILD).green();
+    job.report().green()
+}
+
+#[test]
+fn a_full_disk_leaves_the_build_green() {
+    let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
+    if !may_mount.is_ok_and(|status| status.success()) {
+        eprintln!("this user may not mount anything; nothing was tested");
+        return;
+    }
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.10.0", &upstream);
+    for i in 1..=FILES {
+        // Larger than what is left of a page.
+        let numbers: Vec<String> = (0..20_000u64)
+            .map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (8 + i)).to_string())
+            .collect();
+        let source = format!("const unsigned long f{i}[] = {{ {} }};", numbers.join(","));
+        fs::write(job.path("workspace").join(format!("{i}.c")), source).unwrap();
+    }
+    // A file system of the job's own. The wrapper, a copy of the action's binary, is there as well.
+    let temporary = job.get("RUNNER_TEMP").to_owned();
+    let size = fs::metadata(BINARY).unwrap().len() + (1 << 20);
+    let script = format!(
+        "mount -t tmpfs -o size={size} tmpfs {temporary}\n\
+         env INPUT_INSTALL-FROM=path {BINARY} setup\n\
+         head -c 10M /dev/zero > {temporary}/fill || true\n\
+         export SCCACHE_SERVER_PORT=$(sed -n '/^SCCACHE_SERVER_PORT<</{{n;p}}' $GITHUB_ENV)\n\
+         export PATH=$(cat $GITHUB_PATH):$PATH\n\
+         {BUILD}"
+    );
+    let command = ["unshare", "--mount", "sh", "-e", "-c", &script];
+    let step = job.action_step(false, &command).green();
+    assert_eq!(objects(&job), FILES, "{}{}", step.stdout, step.stderr);
+    assert!(step.stdout.contains("mode packed"), "{}", step.stdout);
+    let relay = job.relay_pid().unwrap().to_string();
+    let report = ["nsenter", "--mount", "--target", &relay, BINARY, "report"];
+    let report = job.action_step(true, &report).green();
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{}", report.stdout);
+    assert!(warnings[0].contains("No space left"), "{warnings:?}");
+}
+
+#[test]
+fn the_upstreams_token_is_nowhere_but_in_the_relay() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.16.0", &upstream);
+    let mut printed = String::new();
+    let mut add = |step: Step| {
+        printed.push_str(&step.stdout);
+        printed.push_str(&step.stderr);
+    };
+    add(job.setup().green());
+    add(job.shell(&format!("env; {BUILD}")).green());
+    for pid in [job.server_pid().unwrap(), job.relay_pid().unwrap()] {
+        for file in ["environ", "cmdline"] {
+            let bytes = fs::read(format!("/proc/{pid}/{file}")).unwrap();
+            assert!(!holds(&bytes, &upstream.token), "{pid} {file}");
+        }
+    }
+    assert_no_file_holds(&job.path(""), &upstream.token);
+    let state = job.entries("GITHUB_STATE");
+    let relay_token = state.get("relay-token").unwrap().to_owned();
+    let server = job.server_pid().unwrap();
+    let server = fs::read(format!("/proc/{server}/environ")).unwrap();
+    assert!(
+        !holds(&server, &relay_token),
+        "sccache cannot end the relay"
+    );
+    add(job.report().green());
+    assert_no_file_holds(&job.path(""), &upstream.token);
+    for secret in [upstream.token.as_str(), &relay_token] {
+        let mut lines = printed.lines();
+        assert!(lines.all(|line| line.starts_with("::add-mask::") || !line.contains(secret)));
+    }
+    // Nor do packs in the cache have it.
+    assert!(!job.file("GITHUB_STEP_SUMMARY").contains(&upstream.token));
+}
+
+fn holds(bytes: &[u8], secret: &str) -> bool {
+    let secret = secret.as_bytes();
+    bytes.windows(secret.len()).any(|part| part == secret)
+}
+
+#[track_caller]
+fn assert_no_file_holds(folder: &Path, secret: &str) {
+    let files = all_files(folder);
+    assert!(files.len() > 10);
+    for file in files {
+        let bytes = fs::read(&file).unwrap();
+        assert!(!holds(&bytes, secret), "{}", file.display());
+    }
+}
+
+#[test]
+fn nobody_without_its_tokens_gets_anything_from_the_relay() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.16.0", &upstream);
+    job.setup().green();
+    let state = job.entries("GITHUB_STATE");
+    let url = format!("http://127.0.0.1:{}", state.get("relay-port").unwrap());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let client = http_client::builder(Duration::from_secs(5));
+        let client = client.no_proxy().build().unwrap();
+        for path in ["relay/finish", "relay/hydrate", "relay/activity"] {
+            for token in ["", "wrong", &upstream.token] {
+                let request = match path {
+                    "relay/activity" => client.get(format!("{url}/{path}")),
+                    _ => client.post(format!("{url}/{path}")).body("{}"),
+                };
+                let answer = request.bearer_auth(token).send().await.unwrap();
+                assert_eq!(answer.status(), StatusCode::UNAUTHORIZED, "{path}");
+            }
+        }
+        let method = "twirp/github.actions.results.api.v1.CacheService/GetCacheEntryDownloadURL";
+        let control = state.get("relay-token").unwrap();
+        for token in ["wrong", &upstream.token, control] {
+            let answer = client
+                .post(format!("{url}/{method}"))
+                .header("content-type", "application/json")
+                .bearer_auth(token)
+                .body("{}")
+                .send()
+                .await
+                .unwrap();
+            assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+        }
+    });
+    job.report().green();
+}
+
+#[test]
+fn a_failed_setup_leaves_no_relay_behind() {
+    let upstream = Upstream::start(Options::default());
+    let mut job = Job::new();
+    join(&mut job, &upstream);
+    job.set("PATH", "/nowhere");
+    job.set("INPUT_INSTALL-FROM", "path");
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    let left = fs::read_dir(job.get("RUNNER_TEMP")).unwrap().count();
+    assert_eq!(left, 0);
+    wait_until("the relay is gone", || !relay_runs_in(&job));
+}
+
+fn relay_runs_in(job: &Job) -> bool {
+    let temporary = job.get("RUNNER_TEMP").as_bytes();
+    fs::read_dir("/proc").unwrap().any(|process| {
+        let process = process.unwrap().path();
+        let command = fs::read(process.join("cmdline")).unwrap_or_default();
+        let environment = fs::read(process.join("environ")).unwrap_or_default();
+        command.ends_with(b"relay\0")
+            && environment
+                .split(|byte| *byte == 0)
+                .any(|variable| variable.strip_prefix(b"RUNNER_TEMP=") == Some(temporary))
+    })
+}
+
+#[test]
+fn an_sccache_without_githubs_cache_goes_to_the_disk_and_leaves_no_relay() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("debian", &upstream);
+    let setup = job.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("local"));
+    wait_until("the relay is gone", || !relay_runs_in(&job));
+    job.shell(BUILD).green();
+    remove_objects(&job);
+    job.shell(BUILD).green();
+    assert_says(&job.report().green(), "6 hits, 6 misses");
+}
