@@ -250,10 +250,11 @@ fn a_build_goes_on_when_the_cache_service_is_gone() {
 }
 
 #[test]
-fn a_cache_service_that_is_not_there_costs_one_warning_and_the_disk_is_used() {
+fn in_mode_direct_a_cache_service_that_is_not_there_costs_one_warning_and_the_disk_is_used() {
     let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
     let port = sccache_action::sccache::server::free_port().unwrap();
     job.use_service(&format!("http://127.0.0.1:{port}/"), "token-of-nobody");
+    job.set("INPUT_MODE", "direct");
     write_sources(&job);
     let setup = job.setup().green();
     assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
@@ -731,11 +732,14 @@ fn a_service_that_never_answers_costs_seconds_and_one_warning() {
 
 #[test]
 fn whoever_wants_no_less_than_asked_for_gets_no_disk_instead() {
-    for (url, expected) in [
-        (None, "no cache service"),
-        (Some("http://127.0.0.1:1/"), "direct"),
+    let nobody = Some("http://127.0.0.1:1/");
+    for (mode, url, expected) in [
+        ("packed", None, "no cache service"),
+        ("packed", nobody, "Connection refused"),
+        ("direct", nobody, "direct"),
     ] {
         let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+        job.set("INPUT_MODE", mode);
         job.set("INPUT_ON-FAILURE", "fail");
         if let Some(url) = url {
             job.use_service(url, "token-of-nobody");

@@ -343,10 +343,14 @@ fn an_upstream_that_is_gone_costs_one_warning() {
     let setup = job.setup().green();
     job.shell(BUILD).green();
     assert_eq!(objects(&job), FILES);
-    // A job whose network is back in a minute is worth waiting for; this test is not.
-    kill(job.relay_pid().unwrap());
+    let begin = Instant::now();
     let report = job.report().green();
     assert_eq!(setup.warnings().len() + report.warnings().len(), 1);
+    assert!(
+        begin.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        begin.elapsed()
+    );
 }
 
 #[test]

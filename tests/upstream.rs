@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::{Client, Response, StatusCode};
 use sccache_action::action::environment::Environment;
-use sccache_action::action::mode::token_is_read_only;
+use sccache_action::action::scopes::token_is_read_only;
 use sccache_action::http_client::{self, Timeouts};
 use serde_json::{Value, json};
 use upstream::{Counts, DEFAULT_BRANCH, Fault, Options, Upstream};

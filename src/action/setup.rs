@@ -404,7 +404,7 @@ impl Begun<'_> {
             relay: None,
         };
         if storage.mode == Mode::Packed {
-            storage.relay = self.relay_access(installed, log).await;
+            storage.relay = self.relay_access(installed, log).await?;
         }
         let version = &installed.version;
         let why = match self.start_with(&storage, installed, log).await {
@@ -441,22 +441,41 @@ impl Begun<'_> {
 
     /// How the server reaches the relay. Where it can have a disk cache in front, that is filled
     /// first.
-    async fn relay_access(&self, installed: &Installed, log: &Log) -> Option<RelayAccess<'_>> {
-        let relay = self.relay?;
-        let mut disk_level = None;
-        if installed.version >= CHAIN_SINCE {
-            let folder = self.state_dir.disk_level();
-            match relay.running.hydrate(folder.clone(), HYDRATE_WAIT).await {
-                Ok(hydrated) => log.debug(format!("hydrated: {hydrated:?}")),
-                Err(error) => log.debug(format!("not hydrated: {error}")),
+    async fn relay_access(
+        &self,
+        installed: &Installed,
+        log: &Log,
+    ) -> Result<Option<RelayAccess<'_>>, SetupError> {
+        let Some(relay) = self.relay else {
+            return Ok(None);
+        };
+        let disk_level = (installed.version >= CHAIN_SINCE).then(|| self.state_dir.disk_level());
+        // An sccache without a disk cache in front waits for nothing.
+        let strict = self.inputs.on_failure == OnFailure::Fail;
+        if strict || disk_level.is_some() {
+            let hydrated = relay
+                .running
+                .hydrate(disk_level.clone(), HYDRATE_WAIT)
+                .await;
+            let trouble = match hydrated {
+                Ok(hydrated) => {
+                    log.debug(format!("hydrated: {hydrated:?}"));
+                    hydrated.trouble
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            match trouble {
+                Some(trouble) if strict => return Err(SetupError::Mode(trouble)),
+                // It may pass, and if not the post step warns of it.
+                Some(trouble) => log.info(format!("GitHub's cache: {trouble}")),
+                None => {}
             }
-            disk_level = Some(folder);
         }
-        Some(RelayAccess {
+        Ok(Some(RelayAccess {
             url: relay.running.url(),
             token: relay.client_token.reveal(),
             disk_level,
-        })
+        }))
     }
 }
 

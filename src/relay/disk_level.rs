@@ -25,7 +25,7 @@ use crate::store::index::ObjectKey;
 pub(super) const SMALL_OBJECT: u64 = 64 * 1024;
 
 /// What was put on sccache's disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hydrated {
     /// Objects.
     pub objects: u64,
@@ -33,6 +33,8 @@ pub struct Hydrated {
     pub entries: u64,
     /// Whether everything was there that was waited for.
     pub complete: bool,
+    /// What went wrong so far, in words.
+    pub trouble: Option<String>,
 }
 
 /// Which of sccache's two caches a file belongs to.

@@ -20,7 +20,7 @@ use crate::store::index::{Bundle, Digest, ObjectKey};
 use crate::store::local::LocalFile;
 
 /// How often, and for how long, an index that cannot be read is tried again.
-const LOAD_ATTEMPTS: u32 = 4;
+const LOAD_ATTEMPTS: u32 = 3;
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// How often a download is taken up again where it broke off.
@@ -358,13 +358,34 @@ impl Relay {
     /// Puts on sccache's disk what the packs on their way hold for it, and waits up to `wait` for
     /// those with a part of the preprocessor cache: sccache reads its folder once, before the first
     /// compile.
-    pub(super) async fn hydrate(self: Arc<Self>, folder: PathBuf, wait: Duration) -> Hydrated {
+    pub(super) async fn hydrate(
+        self: Arc<Self>,
+        folder: Option<PathBuf>,
+        wait: Duration,
+    ) -> Hydrated {
         let deadline = tokio::time::Instant::now() + wait;
         let mut loaded = self.loaded.subscribe();
-        let _ = tokio::time::timeout_at(deadline, loaded.wait_for(|loaded| *loaded)).await;
+        let loaded = loaded.wait_for(|loaded| *loaded);
+        let loaded = tokio::time::timeout_at(deadline, loaded).await.is_ok();
+        let mut hydrated = match folder {
+            Some(folder) => self.fill(folder, deadline).await,
+            None => Hydrated::default(),
+        };
+        hydrated.trouble = lock(&self.activity).first_trouble.clone();
+        if !loaded {
+            let silent = format!("the cache service gave no answer in {} s", wait.as_secs());
+            hydrated.trouble.get_or_insert(silent);
+        }
+        hydrated
+    }
+
+    async fn fill(self: &Arc<Self>, folder: PathBuf, deadline: tokio::time::Instant) -> Hydrated {
         lock(&self.objects).disk_level = Some(folder.clone());
         let bundles: HashMap<String, Bundle> = {
-            let known = self.known.lock().await;
+            let Ok(known) = self.known.try_lock() else {
+                // The indexes are still being read.
+                return Hydrated::default();
+            };
             let packs = known.iter().flat_map(|known| &known.index.packs);
             packs
                 .filter_map(|(name, pack)| Some((name.clone(), pack.bundle.clone()?)))
@@ -374,8 +395,7 @@ impl Relay {
             complete: true,
             ..Hydrated::default()
         };
-        for pack in self.packs_on_their_way(&bundles) {
-            let (state, end, bundle) = pack;
+        for (state, end, bundle) in self.packs_on_their_way(&bundles) {
             if bundle.is_some() {
                 let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
                 hydrated.complete &= self.wait_for(&state, end, rest).await == Some(true);

@@ -221,8 +221,8 @@ impl Relay {
 /// What the main step asks of a relay before it starts sccache.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HydrateRequest {
-    /// The folder of sccache's disk cache.
-    pub folder: PathBuf,
+    /// The folder of sccache's disk cache, where it has one in front of the relay.
+    pub folder: Option<PathBuf>,
     /// How long to wait for what is still on its way.
     pub wait: Duration,
 }

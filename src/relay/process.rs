@@ -104,11 +104,15 @@ impl RunningRelay {
         format!("http://127.0.0.1:{}/", self.port)
     }
 
-    /// Has it put on sccache's disk what the packs hold for it.
+    /// Waits until it knows what the packs hold, and has it put that on sccache's disk.
     ///
     /// # Errors
     /// Where it does not answer.
-    pub async fn hydrate(&self, folder: PathBuf, wait: Duration) -> Result<Hydrated, ProcessError> {
+    pub async fn hydrate(
+        &self,
+        folder: Option<PathBuf>,
+        wait: Duration,
+    ) -> Result<Hydrated, ProcessError> {
         let request = HydrateRequest { folder, wait };
         self.ask("hydrate", &request, wait).await
     }

@@ -36,6 +36,21 @@ const BUNDLE_LEVEL: i32 = 3;
 /// to write writes it anew.
 const USE_NOTE_AGE: u32 = 24;
 
+/// How often in a row the cache service may fail at the end of a job before the rest is given up:
+/// whoever is down is not back in a minute.
+const LAST_ATTEMPTS: u32 = 3;
+
+/// What became of an attempt to write a pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attempt {
+    /// It was written, or there is no reason to try again.
+    Done,
+    /// The service wants to be left alone for a while.
+    Throttled,
+    /// It failed.
+    Failed,
+}
+
 /// Why no pack was written.
 #[derive(Debug, thiserror::Error)]
 enum SaveError {
@@ -112,13 +127,17 @@ impl Relay {
         self.is_loaded().await;
         self.take_from_disk();
         let work = async {
-            loop {
+            let mut failures = 0;
+            while failures < LAST_ATTEMPTS {
                 let at = lock(&self.policy).earliest(self.elapsed());
                 sleep_until(Instant::from_std(self.started + at)).await;
                 let pending = lock(&self.objects).pending().1;
                 let last = pending.bytes <= Limits::default().bytes;
-                if self.save(last).await && last {
-                    return;
+                match self.save(last).await {
+                    Attempt::Done if last => return,
+                    Attempt::Done => failures = 0,
+                    Attempt::Throttled => {}
+                    Attempt::Failed => failures += 1,
                 }
             }
         };
@@ -164,15 +183,15 @@ impl Relay {
         }
     }
 
-    /// Writes one pack. Says whether there is no reason to try again.
-    async fn save(self: &Arc<Self>, last: bool) -> bool {
+    /// Writes one pack.
+    async fn save(self: &Arc<Self>, last: bool) -> Attempt {
         if !lock(&self.objects).is_writable() {
-            return true;
+            return Attempt::Done;
         }
         lock(&self.policy).started(self.elapsed());
         let Err(error) = self.write_pack(last).await else {
             lock(&self.policy).succeeded();
-            return true;
+            return Attempt::Done;
         };
         self.setback("a pack was not written", &error);
         let mut policy = lock(&self.policy);
@@ -180,14 +199,17 @@ impl Relay {
             SaveError::Cache(CacheError::Denied(_)) => {
                 lock(&self.objects).only_read();
                 self.note(|activity| activity.read_only = true);
-                return true;
+                Attempt::Done
             }
             SaveError::Cache(CacheError::Throttled { retry_after }) => {
                 policy.throttled(self.elapsed(), *retry_after);
+                Attempt::Throttled
             }
-            _ => policy.failed(self.elapsed()),
+            _ => {
+                policy.failed(self.elapsed());
+                Attempt::Failed
+            }
         }
-        false
     }
 
     async fn write_pack(self: &Arc<Self>, last: bool) -> Result<(), SaveError> {
