@@ -177,7 +177,7 @@ fn relay_rows(activity: &Activity, stats: Option<&Stats>) -> Vec<(&'static str, 
             ),
         ),
         (
-            "In the cache for this job",
+            "In the cache at the start",
             format!(
                 "{} in {}, {}",
                 counted(activity.known_objects, "object"),
@@ -613,6 +613,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::github::cache_client::RequestCounts;
 
     fn report<'a>(stats: Result<&'a Stats, &'a str>, raw_stats: &'a str) -> Report<'a> {
         Report {
@@ -661,6 +662,81 @@ mod tests {
             assert_is_fixture(&format!("{version}.md"), &markdown(&report));
             assert_is_fixture(&format!("{version}.txt"), &log_text(&report));
         }
+    }
+
+    fn activity() -> Activity {
+        Activity {
+            written: 1,
+            known_objects: 10_021,
+            known_packs: 3,
+            known_bytes: 81_500_000,
+            fetched_packs: 2,
+            saved_packs: 1,
+            saved_objects: 1,
+            upstream: RequestCounts {
+                lookups: 4,
+                reservations: 1,
+                uploads: 1,
+                commits: 1,
+                downloads: 3,
+                throttled: 1,
+                bytes_up: 4_250,
+                bytes_down: 64_123_456,
+                ..RequestCounts::default()
+            },
+            ..Activity::default()
+        }
+    }
+
+    #[test]
+    fn what_the_relay_did_is_said_beside_what_an_entry_for_each_object_would_take() {
+        let raw = fixture("0.16.0.json");
+        let stats = Stats::parse(&raw).unwrap();
+        let activity = activity();
+        let report = Report {
+            mode: Mode::Packed,
+            cache_location: "GitHub's cache, in packs",
+            relay: Some(Ok(&activity)),
+            ..report(Ok(&stats), &raw)
+        };
+        assert!(!is_troubled(&report));
+        assert_is_fixture("packed.md", &markdown(&report));
+        assert_is_fixture("packed.txt", &log_text(&report));
+    }
+
+    #[test]
+    fn what_went_wrong_between_the_relay_and_githubs_cache_is_one_warning() {
+        let stats = stats(4, 2, 0, 0);
+        let trouble = Activity {
+            troubles: 3,
+            first_trouble: Some("the index could not be read: no route to host".to_owned()),
+            unsaved: 2,
+            corrupt: 1,
+            ..activity()
+        };
+        let with = |relay| Report {
+            relay: Some(relay),
+            ..report(Ok(&stats), "")
+        };
+        let text = annotation(&with(Ok(&trouble)));
+        for said in [
+            "no route to host",
+            "3 times",
+            "2 objects",
+            "1 object in the cache",
+        ] {
+            assert!(text.contains(said), "{text}");
+        }
+        let gone = with(Err("connection refused"));
+        assert!(annotation(&gone).contains("was gone"));
+        // What passed and was made up for is none.
+        let passed = Activity {
+            setbacks: 2,
+            first_setback: Some("429".to_owned()),
+            read_only: true,
+            ..activity()
+        };
+        assert!(!is_troubled(&with(Ok(&passed))));
     }
 
     #[test]

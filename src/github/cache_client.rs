@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use futures_util::stream::{BoxStream, poll_fn, try_unfold};
+use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use reqwest::header::{
     ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, HeaderMap, LOCATION, RANGE,
@@ -81,7 +81,7 @@ pub struct Endpoint {
 }
 
 impl fmt::Debug for Endpoint {
-    /// Without the path: Forgejo's runner has a secret of the job in it.
+    /// Without the path: to Forgejo's runner, a random part of it says which job it is.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("Endpoint")
@@ -229,12 +229,14 @@ pub enum Reserved {
 }
 
 /// A key that is reserved and waits for its content.
+#[derive(Clone)]
 pub struct Upload {
     key: String,
     target: Target,
 }
 
 /// Where an upload's content goes.
+#[derive(Clone)]
 enum Target {
     /// Version 1: to the upload of this number.
     Numbered(u64),
@@ -379,8 +381,9 @@ impl CacheClient {
         })
     }
 
-    /// Uploads `body`, which has `size` bytes. Memory does not depend on the size. The upload is not
-    /// an entry until [`CacheClient::commit`].
+    /// Uploads `body`, which has `size` bytes; in version 2 Azure takes up to 5,000 MiB. Memory does
+    /// not depend on the size. The upload is not an entry until [`CacheClient::commit`]. It may be
+    /// tried again, with all of the content.
     ///
     /// # Errors
     /// Where the service does not take it, takes nothing of it for as long as a byte may take, or
@@ -570,7 +573,9 @@ impl Shared {
 
     /// What the refusal of a reservation is: `None` where it only says that the key is taken.
     fn taken(&self, answer: &Answer) -> Result<Option<Target>, CacheError> {
-        if answer.status == StatusCode::CONFLICT || Problem::of(&answer.body).is_conflict() {
+        let problem = Problem::of(&answer.body);
+        let is_conflict = answer.status == StatusCode::CONFLICT || problem.is_conflict();
+        if is_conflict && !problem.is_denial() {
             return Ok(None);
         }
         Err(self.refusal(Asked::Service, answer))
@@ -683,11 +688,11 @@ impl Shared {
             }
             taken_before = taken;
         };
-        let response = match (response, locked(source).failure.take()) {
-            (_, Some(failure)) => return Err(self.unavailable(failure)),
-            (Err(error), None) => return Err(self.unreachable(error)),
-            (Ok(response), None) => response,
-        };
+        // The connection's error would only say that there was one.
+        if let Some(failure) = locked(source).failure.take() {
+            return Err(self.unavailable(failure));
+        }
+        let response = response.map_err(|error| self.unreachable(error))?;
         if !response.status().is_success() {
             let answer = self.read_refusal(response).await;
             return Err(self.refusal(asked, &answer));
@@ -733,11 +738,10 @@ impl Shared {
             StatusCode::RANGE_NOT_SATISFIABLE
                 if range.start == 0 && content_range == Some("bytes */0") =>
             {
-                let stream = futures_util::stream::empty().boxed();
                 return Ok(Download {
                     total: 0,
                     start: 0,
-                    stream,
+                    stream: stream::empty().boxed(),
                 });
             }
             _ => {
@@ -759,7 +763,7 @@ impl Shared {
         length: u64,
     ) -> impl Stream<Item = io::Result<Bytes>> {
         let shared = self.clone();
-        try_unfold((response, length), move |(mut response, left)| {
+        stream::try_unfold((response, length), move |(mut response, left)| {
             let shared = shared.clone();
             async move {
                 let early = |kind, cause: &str| {
@@ -1049,7 +1053,7 @@ fn piece<S>(
 where
     S: Stream<Item = io::Result<Bytes>> + Send + 'static,
 {
-    poll_fn(move |context| locked(&source).poll_until(context, end))
+    stream::poll_fn(move |context| locked(&source).poll_until(context, end))
 }
 
 /// What a request was for, by which its refusal is understood.
@@ -1334,7 +1338,7 @@ mod tests {
             ("99999999999999999999999999", Some(86400)),
             ("Sun, 06 Nov 1994 08:50:07 GMT", Some(30)),
             ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
-            ("Sun, 06 Nov 2094 08:00:00 GMT", Some(86400)),
+            ("Sat, 06 Nov 2094 08:00:00 GMT", Some(86400)),
             ("", None),
             ("-1", None),
             ("1.5", None),
@@ -1504,6 +1508,42 @@ mod tests {
         assert_eq!(shown(r#"{"url":"/b?sig=x","a":1}"#), r#"{"url":"/b?***"#);
         assert_eq!(shown(&"ö".repeat(300)), "ö".repeat(200));
         assert_eq!(printable("ab", ""), "ab");
+    }
+
+    #[tokio::test]
+    async fn a_call_ends_by_its_limit_whatever_a_byte_may_take() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        for server in ["https://github.com", "https://ghes.example"] {
+            let endpoint = endpoint(&[
+                ("GITHUB_SERVER_URL", server),
+                ("ACTIONS_RESULTS_URL", &url),
+                ("ACTIONS_CACHE_URL", &url),
+            ]);
+            let mut client = CacheClient::new(endpoint.unwrap(), "v", Timeouts::default()).unwrap();
+            let shared = Arc::get_mut(&mut client.shared).unwrap();
+            assert_eq!(shared.call_limit, Duration::from_secs(30));
+            shared.call_limit = Duration::from_millis(100);
+            let target = match shared.endpoint.protocol {
+                Protocol::V1 => Target::Numbered(1),
+                Protocol::V2 => Target::Signed(url.parse().unwrap()),
+            };
+            let key = "key".to_owned();
+            let begin = std::time::Instant::now();
+            let errors = [
+                client.find("key", &[]).await.unwrap_err(),
+                client.reserve("key", None).await.unwrap_err(),
+                client.commit(Upload { key, target }, 1).await.unwrap_err(),
+            ];
+            // Before the limit of a single byte.
+            assert!(
+                begin.elapsed() < Duration::from_secs(15),
+                "{:?}",
+                begin.elapsed()
+            );
+            let slow = CacheError::Unavailable("no answer within 100ms".to_owned());
+            assert!(errors.iter().all(|error| *error == slow), "{errors:?}");
+        }
     }
 
     proptest! {

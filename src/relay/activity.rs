@@ -61,9 +61,9 @@ pub struct Activity {
     pub peak_memory: u64,
     /// The objects written in the minute that is being counted.
     #[serde(skip)]
-    this_minute: u64,
+    pub(crate) this_minute: u64,
     #[serde(skip)]
-    minute: u64,
+    pub(crate) minute: u64,
 }
 
 impl Activity {

@@ -38,6 +38,10 @@ const LONG_PATIENCE: Duration = Duration::from_secs(20);
 /// How many objects of a pack are fetched alone before the whole pack is.
 const ALONE_FIRST: u32 = 2;
 
+/// A pack up to this size, in bytes, is waited for as a whole: what is on sccache's disk costs less
+/// than what it asks the relay for.
+const WAITED_FOR_WHOLE: u64 = 32 << 20;
+
 /// The greatest part of a bundle's promised length that is believed, in bytes.
 const BUNDLE_LIMIT: u64 = 4 << 30;
 
@@ -395,11 +399,9 @@ impl Relay {
             complete: true,
             ..Hydrated::default()
         };
-        for (state, end, bundle) in self.packs_on_their_way(&bundles) {
-            if bundle.is_some() {
-                let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
-                hydrated.complete &= self.wait_for(&state, end, rest).await == Some(true);
-            }
+        for (state, end) in self.packs_to_wait_for(&bundles) {
+            let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
+            hydrated.complete &= self.wait_for(&state, end, rest).await == Some(true);
         }
         let relay = self.clone();
         let work = move || relay.hydrate_from_local(&folder, &bundles);
@@ -414,19 +416,22 @@ impl Relay {
         hydrated
     }
 
-    /// The packs that are here or coming: how to wait for each, its end, and its bundle.
-    fn packs_on_their_way<'a>(
-        &self,
-        bundles: &'a HashMap<String, Bundle>,
-    ) -> Vec<(PackState, u64, Option<&'a Bundle>)> {
+    /// The packs on their way whose part of the preprocessor cache is worth waiting for, each with
+    /// how much of it is: the bundle, which comes first, and of a small pack the rest as well.
+    fn packs_to_wait_for(&self, bundles: &HashMap<String, Bundle>) -> Vec<(PackState, u64)> {
         let objects = lock(&self.objects);
-        objects
+        let coming = objects
             .packs
             .iter()
-            .filter(|pack| matches!(pack.state, PackState::Fetching(..)))
-            .map(|pack| {
-                let bundle = bundles.get(&pack.name);
-                (pack.state.clone(), pack.data_length, bundle)
+            .filter(|pack| matches!(pack.state, PackState::Fetching(..)));
+        coming
+            .filter_map(|pack| {
+                let bundle = bundles.get(&pack.name)?;
+                let end = match pack.data_length <= WAITED_FOR_WHOLE {
+                    true => pack.data_length,
+                    false => bundle.offset.saturating_add(bundle.length),
+                };
+                Some((pack.state.clone(), end))
             })
             .collect()
     }
@@ -437,10 +442,7 @@ impl Relay {
             let files: Vec<(String, Arc<LocalFile>)> = objects
                 .packs
                 .iter()
-                .filter_map(|pack| match &pack.state {
-                    PackState::Local(file) => Some((pack.name.clone(), file.clone())),
-                    _ => None,
-                })
+                .filter_map(|pack| Some((pack.name.clone(), pack.file()?.clone())))
                 .collect();
             let small: Vec<_> = objects
                 .objects()
@@ -449,12 +451,9 @@ impl Relay {
                     let Place::Pack(pack, offset) = slot.place else {
                         return None;
                     };
-                    match &objects.packs.get(pack)?.state {
-                        PackState::Local(file) => {
-                            Some((*key, file.clone(), offset, slot.length, slot.digest))
-                        }
-                        _ => None,
-                    }
+                    let file = objects.packs.get(pack)?.file()?;
+                    let is_here = offset.saturating_add(slot.length) <= file.length();
+                    is_here.then(|| (*key, file.clone(), offset, slot.length, slot.digest))
                 })
                 .collect();
             (files, small, objects.members.clone())
@@ -464,6 +463,9 @@ impl Relay {
             let Some(bundle) = bundles.get(name) else {
                 continue;
             };
+            if bundle.offset.saturating_add(bundle.length) > file.length() {
+                continue;
+            }
             let put = |key: ObjectKey, bytes: &[u8]| {
                 let counts = wanted.get(&key);
                 if counts.is_none_or(|slot| slot.digest != Digest::of(bytes)) {

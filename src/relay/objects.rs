@@ -36,6 +36,9 @@ const OTHERS_LIMIT: usize = 64;
 /// The largest of these, in bytes.
 const OTHER_LIMIT: u64 = 64 * 1024;
 
+/// How many uploads may be under way. A client that was killed leaves its own behind.
+const UPLOADS_LIMIT: usize = 512;
+
 /// How long a request waits for the indexes to be read, from the relay's start.
 const LOAD_WAIT: Duration = Duration::from_secs(15);
 
@@ -90,6 +93,16 @@ pub(super) struct PackSlot {
     pub(super) data_start: u64,
     pub(super) data_length: u64,
     pub(super) state: PackState,
+}
+
+impl PackSlot {
+    /// The file with what of the pack is on this machine.
+    pub(super) fn file(&self) -> Option<&Arc<LocalFile>> {
+        match &self.state {
+            PackState::Local(file) | PackState::Fetching(_, file) => Some(file),
+            PackState::Remote { .. } | PackState::Lost { .. } => None,
+        }
+    }
 }
 
 /// An entry of sccache's preprocessor cache, as a pack has it.
@@ -465,12 +478,7 @@ impl Relay {
             let slot = objects.object(key)?.clone();
             let (file, offset) = match &slot.place {
                 Place::File(file, offset) => (file.clone(), *offset),
-                Place::Pack(pack, offset) => match &objects.packs.get(*pack)?.state {
-                    PackState::Local(file) | PackState::Fetching(_, file) => {
-                        (file.clone(), *offset)
-                    }
-                    _ => return None,
-                },
+                Place::Pack(pack, offset) => (objects.packs.get(*pack)?.file()?.clone(), *offset),
             };
             (file, offset, slot)
         };
@@ -509,6 +517,11 @@ impl Store for Arc<Relay> {
             && (objects.others.contains_key(&name.key) || objects.others.len() >= OTHERS_LIMIT)
         {
             return Err(StoreError::AlreadyExists);
+        }
+        if objects.uploads.len() >= UPLOADS_LIMIT
+            && let Some(abandoned) = objects.uploads.keys().min().copied()
+        {
+            objects.uploads.remove(&abandoned);
         }
         let upload = objects.next;
         objects.next += 1;

@@ -197,6 +197,10 @@ impl Relay {
         let mut policy = lock(&self.policy);
         match &error {
             SaveError::Cache(CacheError::Denied(_)) => {
+                if lock(&self.activity).saved_packs > 0 {
+                    // The token was good before: it is void after about six hours.
+                    self.trouble("objects are no longer saved", &error);
+                }
                 lock(&self.objects).only_read();
                 self.note(|activity| activity.read_only = true);
                 Attempt::Done
