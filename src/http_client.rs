@@ -3,6 +3,8 @@
 use std::sync::Once;
 use std::time::Duration;
 
+use url::{Host, Url};
+
 /// How long a server may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
@@ -31,6 +33,14 @@ const USER_AGENT: &str = concat!("sccache-action/", env!("CARGO_PKG_VERSION"));
 /// # Errors
 /// Where the system's certificates or proxy settings cannot be read.
 pub fn build(timeouts: Timeouts) -> Result<reqwest::Client, reqwest::Error> {
+    builder(timeouts.connect)
+        .read_timeout(timeouts.read)
+        .build()
+}
+
+/// What every client starts from, for one that has needs of its own. It waits for `connect` to
+/// establish a connection, and without limit for an answer.
+pub fn builder(connect: Duration) -> reqwest::ClientBuilder {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
         // An error means that one is installed already, which serves as well.
@@ -38,7 +48,15 @@ pub fn build(timeouts: Timeouts) -> Result<reqwest::Client, reqwest::Error> {
     });
     reqwest::Client::builder()
         .user_agent(USER_AGENT)
-        .connect_timeout(timeouts.connect)
-        .read_timeout(timeouts.read)
-        .build()
+        .connect_timeout(connect)
+}
+
+/// Whether the host of `url` is this machine, which no proxy can reach.
+pub fn is_on_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost",
+        None => false,
+    }
 }
