@@ -80,14 +80,17 @@ pub fn explain(error: &octocrab::Error) -> String {
         octocrab::Error::GitHub { source, .. } => {
             format!("{} ({})", source.message, source.status_code)
         }
-        other => {
-            let mut text = other.to_string();
-            let mut cause = std::error::Error::source(other);
-            while let Some(error) = cause {
-                text = format!("{text}: {error}");
-                cause = error.source();
-            }
-            text
-        }
+        other => with_causes(other),
     }
+}
+
+/// What `error` and each of its causes say, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
