@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hmac::{Hmac, Mac};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
@@ -34,8 +35,10 @@ impl Access {
     }
 }
 
-/// A token that opens the service. It is shown to nobody who prints it by accident.
-#[derive(Clone, PartialEq, Eq)]
+/// A token that opens the service. It is shown to nobody who prints it by accident; serialized it is
+/// its text, for a process that is handed the token.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct BearerToken(String);
 
 impl BearerToken {
