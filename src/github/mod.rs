@@ -1,4 +1,6 @@
-//! GitHub's REST API, through octocrab on this binary's own HTTP client.
+//! GitHub's REST API, through octocrab on this binary's own HTTP client, and its cache service.
+
+pub mod cache_client;
 
 use octocrab::Octocrab;
 use octocrab::models::repos::Release;
