@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 #[path = "support/upstream.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
 mod upstream;
 
 use std::time::{Duration, Instant};
