@@ -54,7 +54,7 @@ impl Relay {
             join_all(reads).await;
             let mut objects = lock(&self.objects);
             // The job's own scope comes first and has the last word.
-            for known in known.iter().rev() {
+            for known in known.iter_mut().rev() {
                 objects.learn(known);
             }
             let (packs, count) = (objects.packs.len(), objects.len());
@@ -114,7 +114,14 @@ impl Relay {
                 return;
             }
         };
-        let (progress, seen) = watch::channel(Progress::default());
+        // What came along with the index need not be asked for again.
+        let first = std::mem::take(&mut slot.first);
+        let length = usize::try_from(slot.data_length).unwrap_or(usize::MAX);
+        let _ = file.append(first.get(..length.min(first.len())).unwrap_or_default());
+        let (progress, seen) = watch::channel(Progress {
+            bytes: file.length(),
+            failed: false,
+        });
         slot.state = PackState::Fetching(seen, file.clone());
         tokio::spawn(self.clone().fetch(pack, file, progress));
     }

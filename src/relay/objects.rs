@@ -90,6 +90,8 @@ pub(super) struct PackSlot {
     pub(super) name: String,
     /// Where it was found, if that was asked already.
     pub(super) found: Option<Found>,
+    /// The first bytes of its data, if they came along with its index.
+    pub(super) first: Vec<u8>,
     pub(super) data_start: u64,
     pub(super) data_length: u64,
     pub(super) state: PackState,
@@ -195,16 +197,18 @@ impl Objects {
     }
 
     /// Takes in what the packs of a scope hold. What this job has already is not replaced.
-    pub(super) fn learn(&mut self, known: &Known) {
+    pub(super) fn learn(&mut self, known: &mut Known) {
         for (name, pack) in known.index.oldest_first() {
             let number = match self.pack_numbers.get(name) {
                 Some(number) => *number,
                 None => {
                     let number = self.packs.len();
+                    let (found, first) = known.found.remove(name).unzip();
                     self.pack_numbers.insert(name.to_owned(), number);
                     self.packs.push(PackSlot {
                         name: name.to_owned(),
-                        found: known.found.get(name).cloned(),
+                        found,
+                        first: first.unwrap_or_default(),
                         data_start: pack.data_start,
                         data_length: pack.data_length,
                         state: PackState::Remote { asked: 0 },

@@ -93,8 +93,9 @@ pub struct Known {
     pub index: Index,
     /// The greatest number that is known to be taken.
     pub newest: u64,
-    /// Entries that were found on the way, which need not be looked up again.
-    pub found: HashMap<String, Found>,
+    /// Entries that were found on the way, which need not be looked up again, each with the first
+    /// bytes of its data that came along with the index.
+    pub found: HashMap<String, (Found, Vec<u8>)>,
     /// The keys whose index is in `index`.
     merged: HashSet<String>,
     /// The first entry that could not be read, and why.
@@ -175,10 +176,10 @@ impl Known {
             return Ok(());
         }
         match read_index(client, &found).await {
-            Ok(index) => {
+            Ok((index, data)) => {
                 self.index.merge(index);
                 self.merged.insert(key.clone());
-                self.found.insert(key, found);
+                self.found.insert(key, (found, data));
                 Ok(())
             }
             Err(ReadError::Cache(CacheError::Gone)) => Ok(()),
@@ -241,7 +242,8 @@ enum ReadError {
     Pack(#[from] PackError),
 }
 
-async fn read_index(client: &CacheClient, found: &Found) -> Result<Index, ReadError> {
+/// The index of an entry, and what was read of the data behind it.
+async fn read_index(client: &CacheClient, found: &Found) -> Result<(Index, Vec<u8>), ReadError> {
     let mut bytes = read_range(client, found, 0..FIRST_READ).await?;
     let header = Header::parse(&bytes)?;
     let range = header.index();
@@ -253,7 +255,8 @@ async fn read_index(client: &CacheClient, found: &Found) -> Result<Index, ReadEr
     let start = usize::try_from(HEADER_LENGTH).unwrap_or(usize::MAX);
     let end = usize::try_from(range.end).unwrap_or(usize::MAX);
     let index = bytes.get(start..end).ok_or(PackError::Damaged)?;
-    Ok(header.read_index(index, &found.key)?)
+    let index = header.read_index(index, &found.key)?;
+    Ok((index, bytes.split_off(end)))
 }
 
 /// The bytes of `range`, or as many of them as the entry has.
