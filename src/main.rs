@@ -69,7 +69,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             }
         }
         Command::Report => {
-            report::run(&environment, &log()).await;
+            let program = std::env::current_exe()?;
+            report::run(&environment, &program, &log()).await;
             Ok(ExitCode::SUCCESS)
         }
         Command::Relay => {

@@ -5,6 +5,7 @@ pub mod environment;
 pub mod inputs;
 pub mod mode;
 mod probe;
+pub mod relay;
 pub mod report;
 pub mod runner_files;
 pub mod scopes;

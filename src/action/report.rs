@@ -10,6 +10,7 @@ use tokio::time::sleep;
 
 use crate::action::environment::Environment;
 use crate::action::inputs::Inputs;
+use crate::action::relay;
 use crate::action::runner_files::RunnerFiles;
 use crate::action::state::{Setup, State};
 use crate::action::summary::{self, Report};
@@ -38,8 +39,8 @@ const SAVE_LIMIT: Duration = Duration::from_secs(120);
 /// How much of the end of the server's log is shown, in bytes.
 const LOG_SHOWN: u64 = 16 * 1024;
 
-/// Runs the step.
-pub async fn run(environment: &Environment, log: &Log) {
+/// Runs the step. `program` is the path of this process's binary.
+pub async fn run(environment: &Environment, program: &Path, log: &Log) {
     for secret in ["INPUT_TOKEN", "ACTIONS_RUNTIME_TOKEN"] {
         if let Some(secret) = environment.get(secret) {
             log.mask(secret);
@@ -58,7 +59,8 @@ pub async fn run(environment: &Environment, log: &Log) {
             }
         }
         Some(Setup::Done(state)) => {
-            let ending = end(&state, log).await;
+            let mut ending = end(&state, log).await;
+            ending.relay = end_relay(&state, environment, program, log).await;
             tell(&state, &ending, &files, (summary, annotations), log);
         }
     }
@@ -91,22 +93,48 @@ async fn end(state: &State, log: &Log) -> Ending {
             }
         }
     };
-    // After sccache's server, which writes to it up to its end.
-    let relay = match &state.relay {
-        None => None,
-        Some(relay) => Some(
-            relay
-                .finish(SAVE_LIMIT)
-                .await
-                .map_err(|error| error.to_string()),
-        ),
-    };
     Ending {
         stats,
         raw_stats,
-        relay,
+        relay: None,
         server_log: noteworthy(&end_of(&state.state_dir.server_log()).unwrap_or_default()),
     }
+}
+
+/// Has the relay save what is left, after sccache's server, which writes to it up to its end.
+async fn end_relay(
+    state: &State,
+    environment: &Environment,
+    program: &Path,
+    log: &Log,
+) -> Option<Result<Activity, String>> {
+    let relay = state.relay.as_ref()?;
+    let gone = match relay.finish(SAVE_LIMIT).await {
+        Ok(activity) => return Some(Ok(activity)),
+        Err(error) => error.to_string(),
+    };
+    if relay.is_listening().await {
+        return Some(Err(gone));
+    }
+    let Ok(inputs) = Inputs::parse(environment) else {
+        return Some(Err(gone));
+    };
+    let state_dir = &state.state_dir;
+    let replaced = relay::replace(environment, &inputs, program, state_dir, SAVE_LIMIT, log);
+    Some(match replaced.await {
+        Ok(mut activity) => {
+            activity.troubles += 1;
+            activity.first_trouble.get_or_insert_with(|| {
+                "the relay died during the job; another one saved what was on sccache's disk"
+                    .to_owned()
+            });
+            Ok(activity)
+        }
+        Err(why) => {
+            log.debug(format!("the relay was not replaced: {why}"));
+            Err(gone)
+        }
+    })
 }
 
 async fn statistics(server: &Server) -> Result<(Stats, String), String> {

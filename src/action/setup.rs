@@ -10,21 +10,17 @@ use crate::action::environment::Environment;
 use crate::action::inputs::{Inputs, OnFailure, Secret, Wrap};
 use crate::action::mode::{self, CHAIN_SINCE, Choice, Mode, READ_ONLY_SINCE, RelayAccess, Storage};
 use crate::action::probe;
+use crate::action::relay::{self, StartedRelay};
 use crate::action::runner_files::{RunnerFiles, Variable};
-use crate::action::scopes::{self, Scopes};
+use crate::action::scopes;
 use crate::action::state::{Setup, State};
 use crate::action::workflow_command::Log;
 use crate::github;
-use crate::github::cache_client::Endpoint;
 use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
-use crate::relay::process::{self, RunningRelay};
-use crate::relay::{self};
 use crate::sccache::server::{self, Server, ServerError};
 use crate::sccache::state::StateDir;
 use crate::sccache::stats::Stats;
-use crate::service::auth::BearerToken;
-use crate::store::flush::Limits;
 use crate::wrapper;
 
 const TITLE: &str = "sccache";
@@ -80,22 +76,6 @@ struct Ready {
     cache_location: String,
     read_only: bool,
     relay: Option<StartedRelay>,
-}
-
-/// A relay, and what it lets in.
-#[derive(Clone, Debug)]
-struct StartedRelay {
-    running: RunningRelay,
-    client_token: BearerToken,
-    may_write: bool,
-}
-
-impl StartedRelay {
-    /// Ends a relay that is not needed.
-    async fn stop(&self) {
-        // One that does not answer ends by itself, and holds nothing.
-        let _ = self.running.finish(Duration::ZERO).await;
-    }
 }
 
 /// Runs the step. `program` is the path of this process's binary, which later steps call in place
@@ -231,7 +211,7 @@ async fn set_up(
     // Before anything else, since it reads its indexes while sccache is installed.
     let mut relay = None;
     if choice.mode == Mode::Packed {
-        match start_relay(environment, inputs, program, &state_dir, log).await {
+        match relay::start(environment, inputs, program, &state_dir, log).await {
             Ok(started) => relay = Some(started),
             Err(why) => {
                 choice = Choice {
@@ -260,57 +240,6 @@ async fn set_up(
     }
     ready
 }
-
-/// Starts the relay, or says why it cannot be had.
-async fn start_relay(
-    environment: &Environment,
-    inputs: &Inputs,
-    program: &Path,
-    state_dir: &StateDir,
-    log: &Log,
-) -> Result<StartedRelay, String> {
-    let endpoint = Endpoint::of(environment)
-        .ok_or("the address of the runner's cache service cannot be understood")?;
-    let token = || BearerToken::random().map_err(|error| error.to_string());
-    let (client_token, control_token) = (token()?, token()?);
-    for secret in [&client_token, &control_token] {
-        log.mask(secret.reveal());
-    }
-    let by_token = scopes::token_is_read_only(environment);
-    let scopes = Scopes::of(environment, inputs.read_only.unwrap_or(by_token));
-    if by_token && inputs.read_only.is_none() {
-        log.info(READ_ONLY_TOKEN);
-    }
-    let platform = Platform::current().runner();
-    let may_write = scopes.write.is_some();
-    let flush_age = environment
-        .get("SCCACHE_ACTION_FLUSH_SECONDS")
-        .and_then(|seconds| seconds.parse().ok());
-    let config = relay::Config {
-        endpoint,
-        client_token: client_token.clone(),
-        control_token,
-        folder: state_dir.relay(),
-        namespace: inputs.namespace.as_deref().unwrap_or("default").to_owned(),
-        lane: scopes::lane(environment, &inputs.matrix, &platform),
-        platform,
-        read: scopes.read,
-        write: scopes.write,
-        max_size: inputs.max_size,
-        flush_age: flush_age.map_or(Limits::default().age, Duration::from_secs),
-    };
-    let running = process::start(program, environment, &config, &state_dir.relay_log())
-        .await
-        .map_err(|error| error.to_string())?;
-    Ok(StartedRelay {
-        running,
-        client_token,
-        may_write,
-    })
-}
-
-const READ_ONLY_TOKEN: &str =
-    "The job's token may only read GitHub's cache, so nothing will be written to it.";
 
 /// A set-up that is under way.
 struct Begun<'a> {
@@ -526,7 +455,7 @@ fn read_only(
         return false;
     }
     if read_only && inputs.read_only.is_none() {
-        log.info(READ_ONLY_TOKEN);
+        log.info(relay::READ_ONLY_TOKEN);
     }
     read_only
 }

@@ -50,7 +50,8 @@ pub(super) struct Found {
     pub(super) kind: Kind,
     pub(super) key: ObjectKey,
     pub(super) path: PathBuf,
-    pub(super) length: u64,
+    /// When it was last changed.
+    pub(super) modified: SystemTime,
     /// Whether sccache has written it, or read it since it was put there.
     pub(super) touched: bool,
 }
@@ -129,7 +130,7 @@ pub(super) fn scan(folder: &Path) -> Vec<Found> {
                     kind,
                     key,
                     path: entry.path(),
-                    length: metadata.len(),
+                    modified: modified(&metadata),
                     touched: modified(&metadata) != untouched(),
                 });
             }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -111,7 +111,9 @@ impl PackSlot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemberSlot {
     pub(super) digest: Digest,
-    pub(super) length: u64,
+    /// When its file on sccache's disk was last changed as it was last read; `None` where it was
+    /// not.
+    pub(super) seen: Option<SystemTime>,
 }
 
 #[derive(Debug)]
@@ -222,7 +224,7 @@ impl Objects {
             for member in pack.bundle.iter().flat_map(|bundle| &bundle.members) {
                 let slot = MemberSlot {
                     digest: member.digest,
-                    length: member.length,
+                    seen: None,
                 };
                 self.members.insert(member.key, slot);
             }

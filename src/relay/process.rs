@@ -1,6 +1,7 @@
 //! How the action's steps start a relay, and talk to it.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use reqwest::Client;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -102,6 +104,12 @@ impl RunningRelay {
     /// The URL that sccache's server is given.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/", self.port)
+    }
+
+    /// Whether it is there.
+    pub async fn is_listening(&self) -> bool {
+        let connected = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
+        matches!(timeout(CONNECT_TIMEOUT, connected).await, Ok(Ok(_)))
     }
 
     /// Waits until it knows what the packs hold, and has it put that on sccache's disk.

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -12,7 +13,8 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::github::cache_client::CacheError;
 use crate::relay::disk_level::{self, Kind};
-use crate::relay::objects::{MemberSlot, PackState, Place};
+use crate::relay::fetch::unpack;
+use crate::relay::objects::{MemberSlot, PackSlot, PackState, Place};
 use crate::relay::{Relay, lock, now};
 use crate::store::chain::Known;
 use crate::store::flush::{Decision, Limits};
@@ -223,7 +225,7 @@ impl Relay {
         };
         let batch = lock(&self.objects).batch(Limits::default().bytes);
         let time = now();
-        let (mut draft, mut members) = self.draft(&batch, &BTreeMap::new(), time)?;
+        let (mut draft, mut members) = self.draft(&batch, &[], time)?;
         let mut moved = BTreeSet::new();
         if last {
             own.index.retain(time, self.config.max_size);
@@ -241,15 +243,8 @@ impl Relay {
         let (key, upload) = own.reserve(&self.client, time).await?;
         if !moved.is_empty() {
             // Made anew: the bundle stands before the objects, and now has more in it.
-            let bundles = own
-                .index
-                .packs
-                .iter()
-                .filter(|(name, _)| moved.contains(*name));
-            let bundles = bundles.flat_map(|(_, pack)| &pack.bundle);
-            let of_moved = bundles.flat_map(|bundle| &bundle.members);
-            let of_moved = of_moved.map(|member| (member.key, member.used)).collect();
-            (draft, members) = self.draft(&batch, &of_moved, time)?;
+            let bundles = self.moved_bundles(own, &moved);
+            (draft, members) = self.draft(&batch, &bundles, time)?;
             self.draft_moved(&mut draft, own, &moved);
         }
         let data_length = draft.pack.data_length;
@@ -285,13 +280,27 @@ impl Relay {
         Ok(())
     }
 
+    /// The bundles of packs to be moved, each with the file that has it, if that is here.
+    fn moved_bundles(&self, own: &Known, moved: &BTreeSet<String>) -> Vec<MovedBundle> {
+        let objects = lock(&self.objects);
+        let packs = own.index.packs.iter();
+        let packs = packs.filter(|(name, _)| moved.contains(*name));
+        packs
+            .filter_map(|(name, pack)| {
+                let number = objects.pack_number(name);
+                let slot = number.and_then(|number| objects.packs.get(number));
+                let file = slot.and_then(PackSlot::file).cloned();
+                Some((pack.bundle.clone()?, file))
+            })
+            .collect()
+    }
+
     /// A pack of these objects, and of the entries of the preprocessor cache that no pack has or
-    /// that are in packs to be moved (`moved`, with when they were used). Gives what these entries
-    /// are then.
+    /// that are in bundles to be moved. Gives what these entries are then.
     fn draft(
         &self,
         keys: &[ObjectKey],
-        moved: &BTreeMap<ObjectKey, u32>,
+        moved: &[MovedBundle],
         time: u64,
     ) -> Result<(Draft, HashMap<ObjectKey, MemberSlot>), SaveError> {
         let mut draft = Draft::default();
@@ -304,53 +313,60 @@ impl Relay {
     fn draft_members(
         &self,
         draft: &mut Draft,
-        moved: &BTreeMap<ObjectKey, u32>,
+        moved: &[MovedBundle],
         time: u64,
     ) -> Result<HashMap<ObjectKey, MemberSlot>, SaveError> {
-        let mut drafted = HashMap::new();
         let (folder, known) = {
             let objects = lock(&self.objects);
             (objects.disk_level.clone(), objects.members.clone())
         };
         let Some(folder) = folder else {
-            return Ok(drafted);
+            return Ok(HashMap::new());
         };
+        let members = moved.iter().flat_map(|(bundle, _)| &bundle.members);
+        let moved_members: HashMap<ObjectKey, u32> =
+            members.map(|member| (member.key, member.used)).collect();
         let path = self.config.folder.join(format!("bundle-{}", unique()));
-        let file = LocalFile::create(&path)?;
-        let mut encoder = zstd::Encoder::new(Appending(&file), BUNDLE_LEVEL)?;
-        let mut members = Vec::new();
+        let mut bundle = BundleDraft::new(&path)?;
         for found in disk_level::scan(&folder) {
             let before = known.get(&found.key);
-            let used = moved.get(&found.key);
-            let may_be_new = found.touched || before.is_none();
-            if found.kind != Kind::Preprocessor || (!may_be_new && used.is_none()) {
+            let moves = moved_members.get(&found.key).copied();
+            let looked_at = before.is_some_and(|slot| slot.seen == Some(found.modified));
+            let may_be_new = before.is_none() || (found.touched && !looked_at);
+            if found.kind != Kind::Preprocessor || (!may_be_new && moves.is_none()) {
                 continue;
             }
             // sccache may replace it meanwhile; what was read is what counts.
             let Ok(bytes) = fs::read(&found.path) else {
                 continue;
             };
-            let slot = MemberSlot {
-                digest: Digest::of(&bytes),
-                length: bytes.len() as u64,
-            };
-            if before == Some(&slot) && used.is_none() {
+            let same = before.is_some_and(|slot| slot.digest == Digest::of(&bytes));
+            if same && moves.is_none() {
                 continue;
             }
-            encoder.write_all(&bytes)?;
-            let used = match (found.touched, used) {
-                (false, Some(used)) => *used,
-                _ => hours(time),
-            };
-            members.push(Member {
-                key: found.key,
-                length: slot.length,
-                digest: slot.digest,
-                used,
-            });
-            drafted.insert(found.key, slot);
+            let used = moves.filter(|_| !found.touched);
+            let used = used.unwrap_or_else(|| hours(time));
+            bundle.add(found.key, &bytes, used, Some(found.modified))?;
         }
-        encoder.finish()?;
+        // What was not put on the disk before the build is moved from pack to pack.
+        for (moved, file) in moved {
+            let Some(file) = file else {
+                continue;
+            };
+            let unpacked = unpack(file, moved, |key, bytes| {
+                let counts = known.get(&key);
+                let counts = counts.is_some_and(|slot| slot.digest == Digest::of(bytes));
+                match (counts, moved_members.get(&key)) {
+                    (true, Some(used)) if !bundle.has(key) => bundle.add(key, bytes, *used, None),
+                    _ => Ok(()),
+                }
+            });
+            if let Err(error) = unpacked {
+                self.trouble("a part of the preprocessor cache cannot be used", &error);
+            }
+        }
+        let (members, slots) = (bundle.members.clone(), bundle.slots.clone());
+        let file = bundle.finish()?;
         if !members.is_empty() {
             let length = file.length();
             let offset = draft.add(Segment {
@@ -364,7 +380,7 @@ impl Relay {
                 members,
             });
         }
-        Ok(drafted)
+        Ok(slots)
     }
 
     fn draft_objects(&self, draft: &mut Draft, keys: &[ObjectKey], time: u64) {
@@ -537,10 +553,66 @@ fn unique() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Writes at the end of a file.
-struct Appending<'a>(&'a LocalFile);
+/// A bundle that is to be moved, with the file of its pack, if that is here.
+type MovedBundle = (Bundle, Option<Arc<LocalFile>>);
 
-impl Write for Appending<'_> {
+/// A bundle that is being made.
+struct BundleDraft {
+    file: Arc<LocalFile>,
+    encoder: zstd::Encoder<'static, Appending>,
+    members: Vec<Member>,
+    slots: HashMap<ObjectKey, MemberSlot>,
+}
+
+impl BundleDraft {
+    fn new(path: &Path) -> io::Result<Self> {
+        let file = LocalFile::create(path)?;
+        let encoder = zstd::Encoder::new(Appending(file.clone()), BUNDLE_LEVEL)?;
+        Ok(Self {
+            file,
+            encoder,
+            members: Vec::new(),
+            slots: HashMap::new(),
+        })
+    }
+
+    fn has(&self, key: ObjectKey) -> bool {
+        self.slots.contains_key(&key)
+    }
+
+    fn add(
+        &mut self,
+        key: ObjectKey,
+        bytes: &[u8],
+        used: u32,
+        seen: Option<SystemTime>,
+    ) -> io::Result<()> {
+        let slot = MemberSlot {
+            digest: Digest::of(bytes),
+            seen,
+        };
+        self.encoder.write_all(bytes)?;
+        self.members.push(Member {
+            key,
+            length: bytes.len() as u64,
+            digest: slot.digest,
+            used,
+        });
+        self.slots.insert(key, slot);
+        Ok(())
+    }
+
+    /// The file with the bundle.
+    fn finish(self) -> io::Result<Arc<LocalFile>> {
+        self.encoder.finish()?;
+        Ok(self.file)
+    }
+}
+
+/// Writes at the end of a file.
+struct Appending(Arc<LocalFile>);
+
+impl Write for Appending {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.append(bytes)?;
         Ok(bytes.len())

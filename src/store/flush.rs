@@ -97,10 +97,10 @@ impl FlushPolicy {
         }
     }
 
-    /// When an entry may be created, however little waits.
-    pub fn earliest(&mut self, now: Duration) -> Duration {
-        self.refill(now);
-        self.blocked_until.max(self.next_token(now))
+    /// When an entry may be created at the end of the job, however little waits: as soon as the
+    /// service lets itself be asked. There is no later minute to spare anything for.
+    pub fn earliest(&self, now: Duration) -> Duration {
+        self.blocked_until.max(now)
     }
 
     /// Notes that an entry is about to be created.

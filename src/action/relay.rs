@@ -1,0 +1,120 @@
+//! The relay of a job: started by the main step, ended by the post step, replaced where it died.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::action::environment::Environment;
+use crate::action::inputs::Inputs;
+use crate::action::scopes::{self, Scopes};
+use crate::action::workflow_command::Log;
+use crate::github::cache_client::Endpoint;
+use crate::install::Platform;
+use crate::relay::Config;
+use crate::relay::activity::Activity;
+use crate::relay::process::{self, RunningRelay};
+use crate::sccache::state::StateDir;
+use crate::service::auth::BearerToken;
+use crate::store::flush::Limits;
+
+/// What is said of a job whose token may not write.
+pub const READ_ONLY_TOKEN: &str =
+    "The job's token may only read GitHub's cache, so nothing will be written to it.";
+
+/// How long a relay that replaces one that died may take to learn what is saved already.
+const LEARN_WAIT: Duration = Duration::from_secs(20);
+
+/// A relay, and what it lets in.
+#[derive(Clone, Debug)]
+pub struct StartedRelay {
+    /// The relay.
+    pub running: RunningRelay,
+    /// What sccache's server shows it.
+    pub client_token: BearerToken,
+    /// Whether it saves anything.
+    pub may_write: bool,
+}
+
+impl StartedRelay {
+    /// Ends a relay that is not needed.
+    pub async fn stop(&self) {
+        // One that does not answer ends by itself, and holds nothing.
+        let _ = self.running.finish(Duration::ZERO).await;
+    }
+}
+
+/// Starts the relay of a job, or says why it cannot be had, in words that follow "because".
+///
+/// # Errors
+/// The words.
+pub async fn start(
+    environment: &Environment,
+    inputs: &Inputs,
+    program: &Path,
+    state_dir: &StateDir,
+    log: &Log,
+) -> Result<StartedRelay, String> {
+    let endpoint = Endpoint::of(environment)
+        .ok_or("the address of the runner's cache service cannot be understood")?;
+    let token = || BearerToken::random().map_err(|error| error.to_string());
+    let (client_token, control_token) = (token()?, token()?);
+    for secret in [&client_token, &control_token] {
+        log.mask(secret.reveal());
+    }
+    let by_token = scopes::token_is_read_only(environment);
+    let scopes = Scopes::of(environment, inputs.read_only.unwrap_or(by_token));
+    if by_token && inputs.read_only.is_none() {
+        log.info(READ_ONLY_TOKEN);
+    }
+    let platform = Platform::current().runner();
+    let may_write = scopes.write.is_some();
+    let flush_age = environment
+        .get("SCCACHE_ACTION_FLUSH_SECONDS")
+        .and_then(|seconds| seconds.parse().ok());
+    let config = Config {
+        endpoint,
+        client_token: client_token.clone(),
+        control_token,
+        folder: state_dir.relay(),
+        namespace: inputs.namespace.as_deref().unwrap_or("default").to_owned(),
+        lane: scopes::lane(environment, &inputs.matrix, &platform),
+        platform,
+        read: scopes.read,
+        write: scopes.write,
+        max_size: inputs.max_size,
+        flush_age: flush_age.map_or(Limits::default().age, Duration::from_secs),
+    };
+    let running = process::start(program, environment, &config, &state_dir.relay_log())
+        .await
+        .map_err(|error| error.to_string())?;
+    Ok(StartedRelay {
+        running,
+        client_token,
+        may_write,
+    })
+}
+
+/// Has another relay save what is on sccache's disk, where the one of the job died.
+///
+/// # Errors
+/// Why that is not done, in words.
+pub async fn replace(
+    environment: &Environment,
+    inputs: &Inputs,
+    program: &Path,
+    state_dir: &StateDir,
+    limit: Duration,
+    log: &Log,
+) -> Result<Activity, String> {
+    let disk_level = state_dir.disk_level();
+    let mut entries = std::fs::read_dir(&disk_level).map_err(|error| error.to_string())?;
+    if entries.next().is_none() {
+        return Err("nothing was left on sccache's disk".to_owned());
+    }
+    // What the dead one had is of no use without it.
+    std::fs::remove_dir_all(state_dir.relay()).map_err(|error| error.to_string())?;
+    let relay = start(environment, inputs, program, state_dir, log).await?;
+    let said = |error: process::ProcessError| error.to_string();
+    let learnt = relay.running.hydrate(Some(disk_level), LEARN_WAIT).await;
+    learnt.map_err(said)?;
+    relay.running.finish(limit).await.map_err(said)
+}
