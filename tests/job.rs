@@ -514,7 +514,7 @@ fn a_setup_used_twice_in_a_job_reports_twice_and_leaves_nothing() {
     job.shell(BUILD).green();
     let second = job.report().green();
     assert!(second.stdout.contains("6 misses"), "{}", second.stdout);
-    let report = std::process::Command::new(runner::BINARY)
+    let report = std::process::Command::new(runner::binary())
         .arg("report")
         .env_clear()
         .envs(first.iter())

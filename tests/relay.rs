@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
 use c_build::{BUILD, FILES, object, objects, remove_objects, write_source, write_sources};
-use runner::{BINARY, Job, Step, all_files, kill};
+use runner::{Job, Step, all_files, binary, kill};
 use sccache_action::http_client;
 use upstream::{Fault, Options, Upstream};
 
@@ -445,21 +445,22 @@ fn a_full_disk_leaves_the_build_green() {
     }
     // A file system of the job's own. The wrapper, a copy of the action's binary, is there as well.
     let temporary = job.get("RUNNER_TEMP").to_owned();
-    let size = fs::metadata(BINARY).unwrap().len() + (1 << 20);
+    let size = fs::metadata(binary()).unwrap().len() + (1 << 20);
     let script = format!(
         "mount -t tmpfs -o size={size} tmpfs {temporary}\n\
-         env INPUT_INSTALL-FROM=path {BINARY} setup\n\
+         env INPUT_INSTALL-FROM=path {binary} setup\n\
          head -c 10M /dev/zero > {temporary}/fill || true\n\
          export SCCACHE_SERVER_PORT=$(sed -n '/^SCCACHE_SERVER_PORT<</{{n;p}}' $GITHUB_ENV)\n\
          export PATH=$(cat $GITHUB_PATH):$PATH\n\
-         {BUILD}"
+         {BUILD}",
+        binary = binary(),
     );
     let command = ["unshare", "--mount", "sh", "-e", "-c", &script];
     let step = job.action_step(false, &command).green();
     assert_eq!(objects(&job), FILES, "{}{}", step.stdout, step.stderr);
     assert!(step.stdout.contains("mode packed"), "{}", step.stdout);
     let relay = job.relay_pid().unwrap().to_string();
-    let report = ["nsenter", "--mount", "--target", &relay, BINARY, "report"];
+    let report = ["nsenter", "--mount", "--target", &relay, binary(), "report"];
     let report = job.action_step(true, &report).green();
     let warnings = report.warnings();
     assert_eq!(warnings.len(), 1, "{}", report.stdout);

@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::runner::{BINARY, kill};
+use crate::runner::{binary, kill};
 
 /// How long a relay may live on after the post step.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -95,7 +95,7 @@ fn is_relay(process: &Path) -> bool {
         return false;
     };
     let is_relay = command.split(|byte| *byte == 0).nth(1) == Some(b"relay");
-    is_relay && file(&process.join("exe")) == file(Path::new(BINARY))
+    is_relay && file(&process.join("exe")) == file(Path::new(binary()))
 }
 
 /// What tells files apart whatever they are called.

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use crate::github::cache_client::{CacheError, Download};
 use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
-use crate::relay::objects::{Objects, PackState, Place, Progress};
+use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
 use crate::relay::{Relay, delay_after, lock};
 use crate::store::chain::Known;
 use crate::store::index::{Bundle, Digest, ObjectKey};
@@ -465,8 +465,23 @@ impl Relay {
                 .collect();
             (files, small, objects.members.clone())
         };
+        // Thousands of small files: it is making them that takes time.
+        std::thread::scope(|scope| {
+            let entries = scope.spawn(|| self.hydrate_entries(folder, &files, bundles, &wanted));
+            let objects = self.hydrate_objects(folder, small);
+            (objects, entries.join().unwrap_or(0))
+        })
+    }
+
+    fn hydrate_entries(
+        &self,
+        folder: &Path,
+        files: &[(String, Arc<LocalFile>)],
+        bundles: &HashMap<String, Bundle>,
+        wanted: &HashMap<ObjectKey, MemberSlot>,
+    ) -> u64 {
         let mut entries = 0;
-        for (name, file) in &files {
+        for (name, file) in files {
             let Some(bundle) = bundles.get(name) else {
                 continue;
             };
@@ -486,6 +501,10 @@ impl Relay {
                 self.trouble("a part of the preprocessor cache cannot be used", &error);
             }
         }
+        entries
+    }
+
+    fn hydrate_objects(&self, folder: &Path, small: Vec<SmallObject>) -> u64 {
         let mut objects = 0;
         for (key, file, offset, length, digest) in small {
             let bytes = match file.read(offset, length) {
@@ -504,9 +523,12 @@ impl Relay {
                 }
             }
         }
-        (objects, entries)
+        objects
     }
 }
+
+/// An object to be put on sccache's disk: its key, where it lies, its length and digest.
+type SmallObject = (ObjectKey, Arc<LocalFile>, u64, u64, Digest);
 
 /// Hands each entry of a bundle to `take`, whatever its digest is.
 pub(super) fn unpack(

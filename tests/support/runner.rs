@@ -5,14 +5,21 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use sccache_action::action::environment::Environment;
 use sccache_action::action::runner_files::read_entries;
 use tempfile::TempDir;
 
+/// The binary under test, where it is not the one that cargo built for it.
+pub static OTHER_BINARY: OnceLock<String> = OnceLock::new();
+
 /// The binary under test.
-pub const BINARY: &str = env!("CARGO_BIN_EXE_sccache-action");
+pub fn binary() -> &'static str {
+    let other = OTHER_BINARY.get().map(String::as_str);
+    other.unwrap_or(env!("CARGO_BIN_EXE_sccache-action"))
+}
 
 /// One job of a runner. What it started is stopped when it is dropped.
 pub struct Job {
@@ -211,7 +218,7 @@ impl Job {
 
     /// The action's main step.
     pub fn setup(&self) -> Step {
-        self.run(&self.environment, &[BINARY, "setup"])
+        self.run(&self.environment, &[binary(), "setup"])
     }
 
     /// A step that is not the action's.
@@ -226,7 +233,7 @@ impl Job {
 
     /// The action's post step.
     pub fn report(&self) -> Step {
-        self.run(&self.post_environment(), &[BINARY, "report"])
+        self.run(&self.post_environment(), &[binary(), "report"])
     }
 
     /// Runs any command with the environment of the action's main step or post step.
