@@ -203,6 +203,10 @@ fn use_relay(server: &mut Environment, storage: &Storage<'_>) {
         server.set("SCCACHE_MULTILEVEL_CHAIN", "disk,gha");
         server.set("SCCACHE_DIR", folder.display().to_string());
         server.remove("SCCACHE_LOCAL_RW_MODE");
+        // The relay has everything as well. sccache's own limit of 10 GB is most of a runner's disk.
+        if !server.has("SCCACHE_CACHE_SIZE") {
+            server.set("SCCACHE_CACHE_SIZE", "2G");
+        }
     }
     never_through_a_proxy(server);
 }

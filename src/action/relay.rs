@@ -1,5 +1,6 @@
 //! The relay of a job: started by the main step, ended by the post step, replaced where it died.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -111,10 +112,16 @@ pub async fn replace(
         return Err("nothing was left on sccache's disk".to_owned());
     }
     // What the dead one had is of no use without it.
-    std::fs::remove_dir_all(state_dir.relay()).map_err(|error| error.to_string())?;
+    match std::fs::remove_dir_all(state_dir.relay()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.to_string()),
+        _ => {}
+    }
     let relay = start(environment, inputs, program, state_dir, log).await?;
-    let said = |error: process::ProcessError| error.to_string();
     let learnt = relay.running.hydrate(Some(disk_level), LEARN_WAIT).await;
-    learnt.map_err(said)?;
-    relay.running.finish(limit).await.map_err(said)
+    if let Err(error) = learnt {
+        relay.stop().await;
+        return Err(error.to_string());
+    }
+    let finished = relay.running.finish(limit).await;
+    finished.map_err(|error| error.to_string())
 }

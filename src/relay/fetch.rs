@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
@@ -16,7 +17,7 @@ use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
 use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
 use crate::relay::{Relay, delay_after, lock};
 use crate::store::chain::Known;
-use crate::store::index::{Bundle, Digest, ObjectKey};
+use crate::store::index::{Bundle, Digest, Member, ObjectKey};
 use crate::store::local::LocalFile;
 
 /// How often, and for how long, an index that cannot be read is tried again.
@@ -29,11 +30,18 @@ const DOWNLOAD_ATTEMPTS: u32 = 3;
 /// What a lane that has no history prefetches at most, in bytes: the newest packs there are.
 const PREFETCH_LIMIT: u64 = 256 << 20;
 
+/// What any lane prefetches at most, in bytes: a runner's disk is the build's. The rest is fetched
+/// when it is asked for.
+const LANE_PREFETCH_LIMIT: u64 = 2 << 30;
+
 /// How long a request waits for a pack that is on its way, before the one object is fetched alone.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// How long a request waits for a pack when no more objects are fetched alone.
 const LONG_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many such waits in a row may be in vain before there are no more.
+const VAIN_WAITS: u32 = 3;
 
 /// How many objects of a pack are fetched alone before the whole pack is.
 const ALONE_FIRST: u32 = 2;
@@ -42,8 +50,10 @@ const ALONE_FIRST: u32 = 2;
 /// than what it asks the relay for.
 const WAITED_FOR_WHOLE: u64 = 32 << 20;
 
-/// The greatest part of a bundle's promised length that is believed, in bytes.
+/// The greatest length of a bundle, uncompressed, and of an entry in it that is believed, in bytes.
+/// A real entry has some kilobytes for each header.
 const BUNDLE_LIMIT: u64 = 4 << 30;
+const MEMBER_LIMIT: u64 = 16 << 20;
 
 impl Relay {
     /// Reads the indexes of all scopes, and starts to get the packs that this lane used last.
@@ -233,10 +243,21 @@ impl Relay {
                     if let Some(here) = self.wait_for(&state, end, PATIENCE).await {
                         return here;
                     }
+                    // A service that hangs must not cost each compile so much.
+                    if self.vain_waits.load(Ordering::Relaxed) >= VAIN_WAITS {
+                        return false;
+                    }
                     if self.bring_alone(key).await {
                         return true;
                     }
-                    return self.wait_for(&state, end, LONG_PATIENCE).await == Some(true);
+                    let here = self.wait_for(&state, end, LONG_PATIENCE).await == Some(true);
+                    match here {
+                        true => self.vain_waits.store(0, Ordering::Relaxed),
+                        false => {
+                            self.vain_waits.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    return here;
                 }
                 Step::Alone(pack) => {
                     if self.bring_alone(key).await {
@@ -536,7 +557,8 @@ pub(super) fn unpack(
     bundle: &Bundle,
     mut take: impl FnMut(ObjectKey, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    if bundle.raw_length() > BUNDLE_LIMIT {
+    let too_long = |member: &Member| member.length > MEMBER_LIMIT;
+    if bundle.raw_length() > BUNDLE_LIMIT || bundle.members.iter().any(too_long) {
         return Err(io::Error::other("it is too large"));
     }
     let compressed = file.read(bundle.offset, bundle.length)?;
@@ -559,19 +581,23 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
     let lanes = known
         .iter()
         .filter_map(|known| known.index.lanes.get(&lane));
-    if let Some(lane) = lanes.max() {
-        return lane.packs.clone();
-    }
+    let lane = lanes.max();
+    let limit = match lane {
+        Some(_) => LANE_PREFETCH_LIMIT,
+        None => PREFETCH_LIMIT,
+    };
     let mut packs: BTreeMap<(u64, &str), u64> = BTreeMap::new();
     for (name, pack) in known.iter().flat_map(|known| &known.index.packs) {
-        packs.insert((pack.created, name), pack.data_length);
+        if lane.is_none_or(|lane| lane.packs.contains(name)) {
+            packs.insert((pack.created, name), pack.data_length);
+        }
     }
     let mut bytes = 0u64;
     let newest = packs.into_iter().rev();
     newest
         .take_while(|(_, length)| {
             bytes = bytes.saturating_add(*length);
-            bytes <= PREFETCH_LIMIT
+            bytes <= limit
         })
         .map(|((_, name), _)| name.to_owned())
         .collect()

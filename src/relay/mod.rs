@@ -16,7 +16,8 @@ mod save;
 
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -118,6 +119,8 @@ pub struct Relay {
     /// Rings when an object waits to be saved.
     waiting: Notify,
     downloads: Arc<Semaphore>,
+    /// How many waits for a pack in a row were in vain.
+    vain_waits: AtomicU32,
     last_request: Mutex<Instant>,
 }
 
@@ -136,7 +139,7 @@ impl Relay {
     /// # Errors
     /// Where its folder or a client cannot be had.
     pub fn new(config: Config) -> Result<Arc<Self>, RelayError> {
-        std::fs::create_dir_all(&config.folder)?;
+        create_private(&config.folder)?;
         let version = hex::encode(Sha256::digest(ENTRY_VERSION));
         let client = CacheClient::new(config.endpoint.clone(), &version, Timeouts::default())?;
         let mut scopes: Vec<&String> = config.write.iter().chain(&config.read).collect();
@@ -168,6 +171,7 @@ impl Relay {
             loaded: watch::Sender::new(false),
             waiting: Notify::new(),
             downloads: Arc::new(Semaphore::new(DOWNLOADS)),
+            vain_waits: AtomicU32::new(0),
             last_request: Mutex::new(Instant::now()),
             config,
         }))
@@ -216,6 +220,15 @@ impl Relay {
     fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
+}
+
+/// Makes a folder that nobody else may read, unless it is there.
+fn create_private(folder: &Path) -> io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(folder)
 }
 
 /// What the main step asks of a relay before it starts sccache.

@@ -27,6 +27,9 @@ use crate::store::pack::{self, OWN, PackError};
 /// How many small packs there may be before they become one.
 const SMALL_PACKS: usize = 4;
 
+/// How many bytes of packs are moved to a new one at most, beside what is new. The next job goes on.
+const MOVED_AT_ONCE: u64 = 96 << 20;
+
 /// How much of a pack is in memory at once as it is sent, in bytes.
 const SENT_AT_ONCE: u64 = 256 * 1024;
 
@@ -126,7 +129,7 @@ impl Relay {
     /// Writes all that waits, for up to `deadline`.
     pub(super) async fn finish(self: &Arc<Self>, deadline: Duration) {
         let deadline = Instant::now() + deadline;
-        self.is_loaded().await;
+        let _ = tokio::time::timeout_at(deadline, self.is_loaded()).await;
         self.take_from_disk();
         let work = async {
             let mut failures = 0;
@@ -228,11 +231,12 @@ impl Relay {
         let (mut draft, mut members) = self.draft(&batch, &[], time)?;
         let mut moved = BTreeSet::new();
         if last {
-            own.index.retain(time, self.config.max_size);
             let objects = lock(&self.objects);
             own.index.packs.retain(|name, _| !objects.is_gone(name));
             drop(objects);
+            // First, so that nothing is dropped that this job has just used.
             let note_is_due = self.note_use(own, others, time);
+            own.index.retain(time, self.config.max_size);
             moved = self.wasteful(own, &draft);
             if !note_is_due && draft.is_empty() && moved.is_empty() {
                 return Ok(());
@@ -252,9 +256,13 @@ impl Relay {
         index.packs.retain(|name, _| !moved.contains(name));
         if !draft.is_empty() {
             index.packs.insert(OWN.to_owned(), draft.pack.clone());
-            if let Some(lane) = index.lanes.get_mut(&self.config.lane) {
+            for (number, lane) in &mut index.lanes {
+                let before = lane.packs.len();
                 lane.packs.retain(|name| !moved.contains(name));
-                lane.packs.insert(key.clone());
+                // Other lanes find there what was moved.
+                if *number == self.config.lane || lane.packs.len() < before {
+                    lane.packs.insert(key.clone());
+                }
             }
         }
         let head = pack::begin(index.clone())?;
@@ -467,19 +475,36 @@ impl Relay {
                 .pack_number(name)
                 .and_then(|number| objects.packs.get(number))
                 .is_some_and(|slot| matches!(slot.state, PackState::Local(_)));
+            if local {
+                return pack.bundle.is_none() || objects.disk_level.is_some();
+            }
             // Or this job wrote it.
-            let here = local
-                || pack.objects.keys().all(|key| {
+            let mut members = pack.bundle.iter().flat_map(|bundle| &bundle.members);
+            let has_members = members.all(|member| {
+                let slot = objects.members.get(&member.key);
+                slot.is_some_and(|slot| slot.seen.is_some())
+            });
+            has_members
+                && pack.objects.keys().all(|key| {
                     let slot = objects.object(*key);
                     slot.is_some_and(|slot| matches!(slot.place, Place::File(..)))
-                });
-            here && (pack.bundle.is_none() || objects.disk_level.is_some())
+                })
         };
         let small_packs = match draft.pack.data_length < SMALL_PACK {
             true => SMALL_PACKS - 1,
             false => SMALL_PACKS,
         };
-        index.wasteful(small_packs, movable)
+        // What waits must not be lost because the rest takes too long to send.
+        let mut room = MOVED_AT_ONCE;
+        let wasteful = index.wasteful(small_packs, movable).into_iter();
+        wasteful
+            .filter(|name| {
+                let pack = own.index.packs.get(name);
+                let rest = room.checked_sub(pack.map_or(0, |pack| pack.data_length));
+                room = rest.unwrap_or(room);
+                rest.is_some()
+            })
+            .collect()
     }
 
     /// Notes in the index what this job used, and which packs its lane wants next time. Says

@@ -19,6 +19,7 @@ use std::ops::Range;
 use futures_util::TryStreamExt;
 
 use crate::github::cache_client::{CacheClient, CacheError, Download, Found, Reserved, Upload};
+use crate::service::auth;
 use crate::store::index::{Digest, Index};
 use crate::store::pack::{HEADER_LENGTH, Header, PackError};
 
@@ -133,9 +134,14 @@ impl Known {
         let mut number = number;
         // Look-ups lag behind what was written, and the newest by time may not be the last by
         // number.
-        while let Some(next) = find_exactly(client, &self.chain.key(number + 1)).await? {
+        while let Some(next) =
+            find_exactly(client, &self.chain.key(number.saturating_add(1))).await?
+        {
             self.read(client, next).await?;
-            number += 1;
+            number = number.saturating_add(1);
+            if self.merged.len() >= ENTRIES_READ {
+                break;
+            }
         }
         let mut back = 0;
         while self.merged.is_empty() && back < STEPS_BACK && number > back + 1 {
@@ -151,8 +157,9 @@ impl Known {
     /// Reads the entries that others name as not merged.
     async fn follow(&mut self, client: &CacheClient) -> Result<(), CacheError> {
         let mut tried: HashSet<String> = HashSet::new();
-        while self.merged.len() < ENTRIES_READ {
-            let next = self.index.unmerged.keys().find(|key| {
+        while self.merged.len() < ENTRIES_READ && tried.len() < ENTRIES_READ {
+            // The newest first: the others are more likely gone.
+            let next = self.index.unmerged.keys().rev().find(|key| {
                 self.chain.number(key).is_some()
                     && !self.merged.contains(*key)
                     && !tried.contains(*key)
@@ -182,14 +189,23 @@ impl Known {
                 self.found.insert(key, (found, data));
                 Ok(())
             }
-            Err(ReadError::Cache(CacheError::Gone)) => Ok(()),
+            Err(ReadError::Cache(CacheError::Gone)) => {
+                self.remember(key);
+                Ok(())
+            }
             Err(ReadError::Cache(error)) => Err(error),
             Err(ReadError::Pack(error)) => {
+                self.remember(key.clone());
                 self.unreadable
                     .get_or_insert_with(|| format!("{key}: {error}"));
                 Ok(())
             }
         }
+    }
+
+    /// Notes an entry that could not be read this time, so that later ones still lead to it.
+    fn remember(&mut self, key: String) {
+        self.index.unmerged.entry(key).or_insert_with(auth::now);
     }
 
     /// Reserves the next number. `now` is in seconds since 1970.
@@ -202,7 +218,7 @@ impl Known {
         now: u64,
     ) -> Result<(String, Upload), CacheError> {
         for _ in 0..RESERVATION_ATTEMPTS {
-            let number = self.newest + 1;
+            let number = self.newest.saturating_add(1);
             let key = self.chain.key(number);
             match client.reserve(&key, None).await? {
                 Reserved::Upload(upload) => {
