@@ -598,3 +598,40 @@ fn an_sccache_without_githubs_cache_goes_to_the_disk_and_leaves_no_relay() {
     job.shell(BUILD).green();
     assert_says(&job.report().green(), "6 hits, 6 misses");
 }
+
+#[test]
+fn small_packs_become_one_and_nothing_is_lost_on_the_way() {
+    let upstream = Upstream::start(Options::default());
+    let folder = tempfile::tempdir().unwrap();
+    let values = ["11", "12", "13", "14", "15", "16"];
+    for (number, value) in values.iter().enumerate() {
+        let job = Place(folder.path()).job("0.16.0", &upstream);
+        write_source(&job, 1, value);
+        let expected = if number == 0 {
+            COLD
+        } else {
+            "5 hits, 1 miss, 0 errors"
+        };
+        assert_says(&run(&job), expected);
+    }
+    // The first job that has them all here merges them, and one without a history finds that.
+    for (lane, at_most) in [("build", 6), ("other", 1)] {
+        let mut job = Place(folder.path()).job("0.16.0", &upstream);
+        job.set("GITHUB_JOB", lane);
+        job.setup().green();
+        for value in values {
+            write_source(&job, 1, value);
+            job.shell("sccache gcc -c 1.c -o 1.o").green();
+        }
+        let report = job.report().green();
+        assert_says(&report, WARM);
+        let packs = report
+            .stdout
+            .lines()
+            .find(|line| line.contains("at the start"));
+        let packs = packs.unwrap().split(" in ").nth(1).unwrap();
+        let packs: usize = packs.split(' ').next().unwrap().parse().unwrap();
+        assert!(packs <= at_most, "{}", report.stdout);
+        job.server_ends();
+    }
+}
