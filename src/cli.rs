@@ -1,10 +1,10 @@
 //! The command line.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+
+use crate::serve::Options;
 
 /// The GitHub Action that makes sccache work on GitHub's cache.
 #[derive(Debug, Parser)]
@@ -30,15 +30,11 @@ pub enum Command {
     /// Reads its configuration from standard input and says its port on standard output.
     #[command(hide = true)]
     Relay,
-    /// A cache service that speaks GitHub's protocols, for tests and machines without one
-    Serve {
-        /// Where to listen
-        #[arg(long, default_value = "127.0.0.1:8089")]
-        listen: SocketAddr,
-        /// The folder for what is cached
-        #[arg(long, default_value = ".sccache-action-cache")]
-        folder: PathBuf,
-    },
+    /// A cache service that speaks GitHub's protocols: for self-hosted runners, act, Gitea, Forgejo
+    ///
+    /// Says on standard output which variables its clients need. Without an option that says who
+    /// is let in, that is the bearer of a token which is made at the start and printed there.
+    Serve(Box<Options>),
     /// A whole job on this machine, cold and then warm: set-up, a build, the summary
     ///
     /// Without a command it builds a small Rust and C project that it brings along. Other inputs of

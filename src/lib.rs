@@ -12,7 +12,7 @@ pub mod install;
 pub mod rehearse;
 pub mod relay;
 pub mod sccache;
-
+pub mod serve;
 pub mod service;
 pub mod store;
 pub mod wrapper;

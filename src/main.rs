@@ -13,7 +13,7 @@ use sccache_action::action::{report, setup};
 use sccache_action::cli::{Cli, Command};
 use sccache_action::rehearse::{self, Rehearsal};
 use sccache_action::relay;
-use sccache_action::service::{self, Config};
+use sccache_action::serve;
 use sccache_action::wrapper;
 
 type Failure = Box<dyn std::error::Error>;
@@ -41,7 +41,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
     let runtime = match command {
         Command::Setup | Command::Report => tokio::runtime::Builder::new_current_thread(),
-        Command::Relay | Command::Serve { .. } | Command::Rehearse { .. } => {
+        Command::Relay | Command::Serve(_) | Command::Rehearse { .. } => {
             tokio::runtime::Builder::new_multi_thread()
         }
     }
@@ -79,7 +79,10 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             relay::run(&config, io::stdout()).await?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Serve { listen, folder } => serve(listen, folder).await,
+        Command::Serve(options) => {
+            serve::run(*options).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Rehearse {
             sccache,
             mode,
@@ -113,24 +116,4 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
     }
-}
-
-async fn serve(listen: std::net::SocketAddr, folder: PathBuf) -> Result<ExitCode, Failure> {
-    let (token, tokens) = service::single_token("refs/heads/main")?;
-    let config = Config {
-        address: listen,
-        ..Config::on_loopback(folder, tokens)
-    };
-    let mut running = service::start(config).await?;
-    println!("ACTIONS_RESULTS_URL={}", running.url());
-    println!("ACTIONS_CACHE_URL={}", running.url());
-    println!("ACTIONS_RUNTIME_TOKEN={}", token.reveal());
-    tokio::select! {
-        ended = running.ended() => ended?,
-        signal = tokio::signal::ctrl_c() => {
-            signal?;
-            running.shutdown().await?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
 }

@@ -25,7 +25,8 @@ use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
 use c_build::{BUILD, FILES, object, objects, remove_objects, write_sources};
 use runner::{Job, all_files, kill};
-use sccache_action::service::disk::DiskStore;
+use sccache_action::service::auth::UrlSigner;
+use sccache_action::service::entries::{EntryStore, Limits, Storage, system_clock};
 use sccache_action::service::{self, Shared};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -33,7 +34,7 @@ use tokio::runtime::Runtime;
 /// A cache service in this process, and the runtime that it runs in.
 struct Service {
     runtime: Option<Runtime>,
-    shared: Arc<Shared<DiskStore>>,
+    shared: Arc<Shared<EntryStore>>,
     url: String,
     token: String,
 }
@@ -51,10 +52,18 @@ impl Service {
             .build()
             .unwrap();
         let (token, tokens) = service::single_token("refs/heads/main").unwrap();
-        let store = DiskStore::open(folder, service::ENTRY_LIMIT).unwrap();
+        let storage = Storage::in_folder(folder, Limits::of_entries(service::ENTRY_LIMIT));
+        let store = runtime
+            .block_on(EntryStore::open(&storage, system_clock()))
+            .unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared::new(store, tokens, address).unwrap());
+        let shared = Arc::new(Shared::new(
+            store,
+            tokens,
+            address,
+            UrlSigner::random().unwrap(),
+        ));
         let router = layer(service::router(shared.clone()));
         runtime.spawn(axum::serve(listener, router).into_future());
         Self {

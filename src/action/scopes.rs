@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::action::environment::Environment;
+use crate::service::runtime_token::{CacheScope, MAY_WRITE, cache_scopes};
 use crate::store::index::Digest;
 
 /// The scopes of a job.
@@ -16,17 +17,6 @@ pub struct Scopes {
     pub write: Option<String>,
 }
 
-/// The bit of a scope's permission that allows writing.
-const MAY_WRITE: u64 = 2;
-
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-struct CacheScope {
-    #[serde(rename = "Scope", alias = "scope", default)]
-    scope: String,
-    #[serde(rename = "Permission", alias = "permission")]
-    permission: u64,
-}
-
 /// The cache scopes that a runtime token names in its claim `ac`, a JSON list inside a string.
 /// `None` where the token is of another form; its signature is GitHub's to check.
 fn access_of_token(token: &str) -> Option<Vec<CacheScope>> {
@@ -36,7 +26,7 @@ fn access_of_token(token: &str) -> Option<Vec<CacheScope>> {
     }
     let claims = token.split('.').nth(1)?;
     let claims: Claims = serde_json::from_slice(&base64url(claims)?).ok()?;
-    serde_json::from_str(&claims.ac).ok()
+    cache_scopes(&claims.ac)
 }
 
 fn base64url(text: &str) -> Option<Vec<u8>> {

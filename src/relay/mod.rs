@@ -39,7 +39,7 @@ use crate::relay::activity::Activity;
 use crate::relay::disk_level::Hydrated;
 use crate::relay::objects::Objects;
 use crate::service;
-use crate::service::auth::{Access, BearerToken, Tokens};
+use crate::service::auth::{Access, BearerToken, Tokens, UrlSigner};
 use crate::store::chain::{Chain, Known};
 use crate::store::flush::{FlushPolicy, Limits};
 use crate::store::local::LocalFile;
@@ -324,7 +324,12 @@ pub async fn run(config: &[u8], mut ready: impl Write) -> Result<(), RelayError>
     let address: SocketAddr = listener.local_addr()?;
     let scope = "job".into();
     let tokens = Tokens::default().with(&relay.config.client_token, Access::to(scope));
-    let shared = Arc::new(service::Shared::new(relay.clone(), tokens, address)?);
+    let shared = Arc::new(service::Shared::new(
+        relay.clone(),
+        tokens,
+        address,
+        UrlSigner::random()?,
+    ));
     let (end, ended) = oneshot::channel();
     let lifetime = Arc::new(Lifetime {
         relay: relay.clone(),

@@ -515,7 +515,7 @@ impl Relay {
 }
 
 impl Store for Arc<Relay> {
-    fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
+    async fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
         let mut objects = lock(&self.objects);
         // Objects may be written again: sccache does so when it is told to, and two compiles of
         // the same source may end at the same time.
@@ -551,21 +551,19 @@ impl Store for Arc<Relay> {
         }
     }
 
-    fn upload_of(&self, name: &EntryName) -> Option<u64> {
+    async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
         let objects = lock(&self.objects);
         let uploads = objects.uploads.iter();
         uploads
             .filter(|(_, upload)| upload.name == *name)
             .map(|(number, _)| *number)
             .min()
+            .ok_or(StoreError::NoSuchUpload)
     }
 
-    fn name_of(&self, upload: u64) -> Option<EntryName> {
+    async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
         let objects = lock(&self.objects);
-        objects
-            .upload(upload)
-            .ok()
-            .map(|upload| upload.name.clone())
+        Ok(objects.upload(upload)?.name.clone())
     }
 
     async fn write(
@@ -692,6 +690,13 @@ impl Store for Arc<Relay> {
             }
         }
         None
+    }
+
+    async fn lost(&self, entry: u64) {
+        let mut objects = lock(&self.objects);
+        if let Some(Named::Object(key)) = objects.by_number.get(&entry).cloned() {
+            objects.forget(key);
+        }
     }
 
     async fn open(&self, entry: u64) -> Option<Content> {

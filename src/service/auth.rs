@@ -107,6 +107,13 @@ impl Tokens {
     }
 }
 
+/// The token of an `Authorization` header.
+pub(super) fn bearer(header: &[u8]) -> Option<&str> {
+    let (scheme, token) = header.split_at_checked(7)?;
+    let token = std::str::from_utf8(token).ok()?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
+}
+
 /// What a signed URL is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -134,7 +141,25 @@ impl UrlSigner {
     /// # Errors
     /// Where the system has no random numbers.
     pub fn random() -> Result<Self, getrandom::Error> {
-        random().map(|key| Self { key })
+        random().map(Self::with_key)
+    }
+
+    /// The signer with this key, which others may have too.
+    pub fn with_key(key: [u8; 32]) -> Self {
+        Self { key }
+    }
+
+    /// A new key as text.
+    ///
+    /// # Errors
+    /// Where the system has no random numbers.
+    pub fn new_key() -> Result<String, getrandom::Error> {
+        random().map(hex::encode)
+    }
+
+    /// The key that `text` is, or `None` where it is none.
+    pub fn parse_key(text: &str) -> Option<[u8; 32]> {
+        hex::decode(text).ok()?.try_into().ok()
     }
 
     /// The query of a URL for the content numbered `id`, good until `expiry` (seconds since 1970).

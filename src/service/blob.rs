@@ -140,6 +140,7 @@ fn bad_request(message: &str) -> Response {
 }
 
 fn upload_refused(error: &StoreError) -> Response {
+    error.log();
     let (status, code) = match error {
         StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "BlobNotFound"),
         StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
@@ -148,7 +149,9 @@ fn upload_refused(error: &StoreError) -> Response {
         | StoreError::Busy
         | StoreError::SizeMismatch { .. }
         | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
-        StoreError::Io(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
+        StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "InternalError")
+        }
     };
     refusal(status, code, &error.to_string())
 }
@@ -200,11 +203,7 @@ pub(super) async fn download<S: Store>(
     }
     shared.counters.downloads.one();
     let Some(content) = shared.store.open(id).await else {
-        return refusal(
-            StatusCode::NOT_FOUND,
-            "BlobNotFound",
-            "the entry is no longer there",
-        );
+        return gone();
     };
     let size = content.size();
     let asked = headers
@@ -226,7 +225,7 @@ pub(super) async fn download<S: Store>(
         shared.counters.bytes_out.add(length);
         match body_of(content, first, length).await {
             Ok(body) => body,
-            Err(error) => return upload_refused(&StoreError::Io(error)),
+            Err(error) => return unreadable(&shared, id, error).await,
         }
     };
     let mut answer = Response::builder()
@@ -245,10 +244,30 @@ pub(super) async fn download<S: Store>(
         .unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
 }
 
+fn gone() -> Response {
+    refusal(
+        StatusCode::NOT_FOUND,
+        "BlobNotFound",
+        "the entry is no longer there",
+    )
+}
+
+/// The answer where content cannot be read. What was deleted or cut off behind our back is no entry
+/// any more; anything else may pass.
+async fn unreadable<S: Store>(shared: &Shared<S>, entry: u64, error: std::io::Error) -> Response {
+    use std::io::ErrorKind::{NotFound, UnexpectedEof};
+    if matches!(error.kind(), NotFound | UnexpectedEof) {
+        shared.store.lost(entry).await;
+        return gone();
+    }
+    upload_refused(&StoreError::Io(error))
+}
+
 /// The part of `content` that begins at `first` and has `length` bytes, which are within it.
 async fn body_of(content: Content, first: u64, length: u64) -> std::io::Result<Body> {
     let (mut file, start) = match content {
         Content::File { file, start, .. } => (file, start),
+        Content::Parts(parts) => return Ok(Body::from_stream(parts.read(first, length).await?)),
         Content::Bytes(bytes) => {
             let range = usize::try_from(first)
                 .ok()

@@ -1,6 +1,5 @@
 //! What a cache service needs of its storage, and the rules by which entries are found.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -10,12 +9,17 @@ use futures_util::Stream;
 use serde::{Deserialize, Serialize};
 use tokio::fs::File;
 
+use crate::service::blobs::Parts;
+
 /// The longest key, in characters (GitHub's documentation of dependency caching).
 pub const KEY_LIMIT: usize = 512;
 
 /// How many keys one look-up may name: the key and its restore keys (`checkKey` and
 /// `restoreCache` of `@actions/cache`).
 pub const KEYS_LIMIT: usize = 10;
+
+/// The longest version, in bytes. Clients send a digest in hex, 64 of them, or what they are asked to.
+pub const VERSION_LIMIT: usize = 512;
 
 /// The part of the cache that belongs to one ref. Entries of one scope are unseen from another,
 /// unless a token says otherwise.
@@ -96,9 +100,34 @@ pub enum StoreError {
     /// The client broke off.
     #[error("the request ended early: {0}")]
     Interrupted(String),
-    /// The storage itself failed.
-    #[error(transparent)]
+    /// The storage itself failed. Clients are told no more than that; the log says what it was.
+    #[error("the storage failed")]
     Io(#[from] io::Error),
+    /// The database failed.
+    #[error("the storage failed")]
+    Catalog(#[from] sqlx::Error),
+    /// What keeps the blobs failed.
+    #[error("the storage failed")]
+    Blobs(#[from] opendal::Error),
+}
+
+impl StoreError {
+    /// What the log says of it; of the storage's own errors that is more than clients are told.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Io(error) => error.to_string(),
+            Self::Catalog(error) => error.to_string(),
+            Self::Blobs(error) => error.to_string(),
+            error => error.to_string(),
+        }
+    }
+
+    /// Logs it where it is the storage that is to blame, not who asked.
+    pub fn log(&self) {
+        if matches!(self, Self::Io(_) | Self::Catalog(_) | Self::Blobs(_)) {
+            tracing::error!(cause = self.cause(), "a request failed");
+        }
+    }
 }
 
 /// An entry's content.
@@ -115,6 +144,8 @@ pub enum Content {
         /// The content's size in bytes.
         size: u64,
     },
+    /// Parts that are blobs.
+    Parts(Parts),
 }
 
 impl Content {
@@ -123,6 +154,7 @@ impl Content {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::File { size, .. } => *size,
+            Self::Parts(parts) => parts.size(),
         }
     }
 }
@@ -136,7 +168,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] where the name is taken.
-    fn reserve(&self, name: EntryName) -> Result<u64, StoreError>;
+    fn reserve(&self, name: EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
     /// Whether an entry of `size` bytes would be taken.
     ///
@@ -145,10 +177,16 @@ pub trait Store: Send + Sync + 'static {
     fn check_size(&self, size: u64) -> Result<(), StoreError>;
 
     /// The number of the upload that was reserved under `name`.
-    fn upload_of(&self, name: &EntryName) -> Option<u64>;
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchUpload`] where there is none.
+    fn upload_of(&self, name: &EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
     /// The name under which `upload` was reserved.
-    fn name_of(&self, upload: u64) -> Option<EntryName>;
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchUpload`] where there is none.
+    fn name_of(&self, upload: u64) -> impl Future<Output = Result<EntryName, StoreError>> + Send;
 
     /// Writes at `offset` of `upload`; `whole` drops what was written before.
     ///
@@ -198,68 +236,15 @@ pub trait Store: Send + Sync + 'static {
 
     /// The content of the entry of this number, or `None` where it is gone.
     fn open(&self, entry: u64) -> impl Future<Output = Option<Content>> + Send;
-}
 
-/// The entries that a look-up goes through: by scope and version, then by key.
-#[derive(Debug, Default)]
-pub struct Index {
-    entries: BTreeMap<(Scope, String), BTreeMap<String, Entry>>,
-}
-
-impl Index {
-    /// Adds `entry`, in place of one with the same name.
-    pub fn insert(&mut self, entry: Entry) {
-        let group = (entry.name.scope.clone(), entry.name.version.clone());
-        self.entries
-            .entry(group)
-            .or_default()
-            .insert(entry.name.key.clone(), entry);
-    }
-
-    /// Takes the entry called `name` out.
-    pub fn remove(&mut self, name: &EntryName) -> Option<Entry> {
-        let group = (name.scope.clone(), name.version.clone());
-        self.entries.get_mut(&group)?.remove(&name.key)
-    }
-
-    /// Whether there is an entry called `name`.
-    pub fn contains(&self, name: &EntryName) -> bool {
-        let group = (name.scope.clone(), name.version.clone());
-        self.entries
-            .get(&group)
-            .is_some_and(|keys| keys.contains_key(&name.key))
-    }
-
-    /// The entry that `query` asks for, in the order of GitHub's documentation: scope by scope, key
-    /// by key, first the entry with exactly that key, then the newest of those that begin with it.
-    pub fn find(&self, query: &Query<'_>) -> Option<&Entry> {
-        query.scopes.iter().find_map(|scope| {
-            let group = (scope.clone(), query.version.to_owned());
-            let keys = self.entries.get(&group)?;
-            query
-                .keys
-                .iter()
-                .find_map(|key| keys.get(*key).or_else(|| newest_with_prefix(keys, key)))
-        })
-    }
-
-    /// All entries, in no order of meaning.
-    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values().flat_map(BTreeMap::values)
-    }
-}
-
-fn newest_with_prefix<'a>(keys: &'a BTreeMap<String, Entry>, prefix: &str) -> Option<&'a Entry> {
-    keys.range(prefix.to_owned()..)
-        .take_while(|(key, _)| key.starts_with(prefix))
-        .map(|(_, entry)| entry)
-        .max_by_key(|entry| entry.id)
+    /// Told that the content of an entry cannot be read: it is no entry any more.
+    fn lost(&self, entry: u64) -> impl Future<Output = ()> + Send;
 }
 
 /// Why a key or a list of keys is refused.
 ///
 /// # Errors
-/// Where a key is empty, longer than [`KEY_LIMIT`] or has a comma, or there are more than
+/// Where a key is empty, longer than [`KEY_LIMIT`] or has a comma or a NUL, or there are more than
 /// [`KEYS_LIMIT`].
 pub fn check_keys<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<(), String> {
     let mut count = 0;
@@ -274,6 +259,10 @@ pub fn check_keys<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<(), Str
         if key.contains(',') {
             return Err("a key must not contain a comma".to_owned());
         }
+        // PostgreSQL keeps none in a text.
+        if key.contains('\0') {
+            return Err("a key must not contain a NUL".to_owned());
+        }
     }
     if count > KEYS_LIMIT {
         return Err(format!("at most {KEYS_LIMIT} keys may be named"));
@@ -281,76 +270,23 @@ pub fn check_keys<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<(), Str
     Ok(())
 }
 
+/// Why a version is refused.
+///
+/// # Errors
+/// Where it is longer than [`VERSION_LIMIT`] or has a NUL.
+pub fn check_version(version: &str) -> Result<(), String> {
+    if version.len() > VERSION_LIMIT {
+        return Err(format!("a version may have at most {VERSION_LIMIT} bytes"));
+    }
+    if version.contains('\0') {
+        return Err("a version must not contain a NUL".to_owned());
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    fn entry(id: u64, scope: &str, version: &str, key: &str) -> Entry {
-        let name = EntryName {
-            scope: scope.into(),
-            version: version.to_owned(),
-            key: key.to_owned(),
-        };
-        Entry {
-            id,
-            name,
-            size: 0,
-            created: 0,
-        }
-    }
-
-    fn index(entries: &[Entry]) -> Index {
-        let mut index = Index::default();
-        for entry in entries {
-            index.insert(entry.clone());
-        }
-        index
-    }
-
-    fn found(index: &Index, scopes: &[&str], version: &str, keys: &[&str]) -> Option<u64> {
-        let scopes: Vec<Scope> = scopes.iter().map(|scope| Scope::from(*scope)).collect();
-        let query = Query {
-            scopes: &scopes,
-            version,
-            keys,
-        };
-        index.find(&query).map(|entry| entry.id)
-    }
-
-    #[test]
-    fn an_exact_key_wins_over_a_newer_one_that_begins_with_it() {
-        let index = index(&[entry(1, "s", "v", "a"), entry(2, "s", "v", "ab")]);
-        assert_eq!(found(&index, &["s"], "v", &["a"]), Some(1));
-        assert_eq!(found(&index, &["s"], "v", &["x", "a"]), Some(1));
-    }
-
-    #[test]
-    fn among_those_that_begin_with_a_key_the_newest_wins() {
-        let index = index(&[
-            entry(3, "s", "v", "a-1"),
-            entry(9, "s", "v", "a-2"),
-            entry(5, "s", "v", "a-3"),
-            entry(11, "s", "v", "b"),
-        ]);
-        assert_eq!(found(&index, &["s"], "v", &["a-"]), Some(9));
-        assert_eq!(found(&index, &["s"], "v", &["c"]), None);
-    }
-
-    #[test]
-    fn an_own_entry_shadows_the_default_branchs_newer_one() {
-        let index = index(&[entry(1, "pr", "v", "a-1"), entry(2, "main", "v", "a-2")]);
-        assert_eq!(found(&index, &["pr", "main"], "v", &["a-"]), Some(1));
-        assert_eq!(found(&index, &["main"], "v", &["a-"]), Some(2));
-        assert_eq!(found(&index, &["other"], "v", &["a-"]), None);
-    }
-
-    #[test]
-    fn another_version_is_unseen() {
-        let index = index(&[entry(1, "s", "v", "a")]);
-        assert_eq!(found(&index, &["s"], "w", &["a"]), None);
-    }
 
     #[test]
     fn keys_that_github_refuses_are_refused() {
@@ -358,43 +294,17 @@ mod tests {
         assert!(check_keys([long.as_str()]).is_ok());
         assert!(check_keys([format!("{long}x").as_str()]).is_err());
         assert!(check_keys(["a,b"]).is_err());
+        assert!(check_keys(["a\0b"]).is_err());
         assert!(check_keys([""]).is_err());
         assert!(check_keys(vec!["a"; KEYS_LIMIT]).is_ok());
         assert!(check_keys(vec!["a"; KEYS_LIMIT + 1]).is_err());
     }
 
-    proptest! {
-        /// Against the definition, spelt out without a sorted map.
-        #[test]
-        fn a_look_up_finds_what_the_definition_says(
-            keys in prop::collection::vec("[ab]{1,4}", 1..12),
-            asked in prop::collection::vec("[ab]{1,3}", 1..4),
-        ) {
-            let entries: Vec<Entry> = keys
-                .iter()
-                .enumerate()
-                .map(|(id, key)| entry(id as u64, if id % 2 == 0 { "s" } else { "t" }, "v", key))
-                .collect();
-            // A later entry of the same name replaces the earlier one.
-            let live: Vec<&Entry> = entries
-                .iter()
-                .filter(|entry| entries.iter().rfind(|other| other.name == entry.name) == Some(entry))
-                .collect();
-            let expected = ["s", "t"].iter().find_map(|scope| {
-                asked.iter().find_map(|key| {
-                    let mine = || live.iter().filter(|entry| &*entry.name.scope.0 == *scope);
-                    mine().find(|entry| entry.name.key == *key).or_else(|| {
-                        mine()
-                            .filter(|entry| entry.name.key.starts_with(key.as_str()))
-                            .max_by_key(|entry| entry.id)
-                    })
-                })
-            });
-            let asked: Vec<&str> = asked.iter().map(String::as_str).collect();
-            prop_assert_eq!(
-                found(&index(&entries), &["s", "t"], "v", &asked),
-                expected.map(|entry| entry.id)
-            );
-        }
+    #[test]
+    fn a_version_has_a_limit_too() {
+        assert!(check_version("").is_ok());
+        assert!(check_version(&"f".repeat(VERSION_LIMIT)).is_ok());
+        assert!(check_version(&"f".repeat(VERSION_LIMIT + 1)).is_err());
+        assert!(check_version("a\0").is_err());
     }
 }

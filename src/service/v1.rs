@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::service::Shared;
 use crate::service::auth::{Access, Purpose};
-use crate::service::store::{EntryName, Query, Scope, Store, StoreError, check_keys};
+use crate::service::store::{
+    EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
+};
 
 /// An error in the form that the toolkit shows to its user.
 #[derive(Debug, Serialize)]
@@ -44,6 +46,7 @@ impl IntoResponse for Refusal {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
+        error.log();
         let status = match error {
             StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
             StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
@@ -51,16 +54,17 @@ impl From<StoreError> for Refusal {
             StoreError::SizeMismatch { .. }
             | StoreError::NoSuchBlock
             | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
-            StoreError::Io(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         };
         Self::new(status, error)
     }
 }
 
-fn access<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Arc<Access>, Refusal> {
+async fn access<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Arc<Access>, Refusal> {
     shared.counters.version_1.one();
-    shared.access(headers).ok_or_else(|| {
-        shared.counters.refused.one();
+    shared.access(headers).await.ok_or_else(|| {
         Refusal::new(
             StatusCode::UNAUTHORIZED,
             "the token is not one of this service's",
@@ -68,14 +72,15 @@ fn access<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Arc<Acces
     })
 }
 
-fn writable<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Scope, Refusal> {
+async fn writable<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<Scope, Refusal> {
     let denied = || {
         Refusal::new(
             StatusCode::FORBIDDEN,
             "cache write denied: the token may only read",
         )
     };
-    access(shared, headers)?.write.clone().ok_or_else(denied)
+    let access = access(shared, headers).await?;
+    access.write.clone().ok_or_else(denied)
 }
 
 #[derive(Deserialize)]
@@ -110,10 +115,11 @@ async fn find_entry<S: Store>(
     query: &FindQuery,
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
-    let access = access(shared, headers)?;
+    let access = access(shared, headers).await?;
     shared.counters.lookups.one();
     let keys: Vec<&str> = query.keys.split(',').map(str::trim).collect();
     check_keys(keys.iter().copied())
+        .and_then(|()| check_version(&query.version))
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error))?;
     let query = Query {
         scopes: &access.read,
@@ -155,17 +161,20 @@ pub(super) async fn reserve<S: Store>(
     headers: HeaderMap,
     Json(request): Json<ReserveRequest>,
 ) -> Response {
-    reserve_upload(&shared, request, &headers).unwrap_or_else(IntoResponse::into_response)
+    reserve_upload(&shared, request, &headers)
+        .await
+        .unwrap_or_else(IntoResponse::into_response)
 }
 
-fn reserve_upload<S: Store>(
+async fn reserve_upload<S: Store>(
     shared: &Shared<S>,
     request: ReserveRequest,
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
-    let scope = writable(shared, headers)?;
+    let scope = writable(shared, headers).await?;
     shared.counters.reservations.one();
     check_keys([request.key.as_str()])
+        .and_then(|()| check_version(&request.version))
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error))?;
     shared.store.check_size(request.cache_size.unwrap_or(0))?;
     let name = EntryName {
@@ -173,7 +182,7 @@ fn reserve_upload<S: Store>(
         version: request.version,
         key: request.key,
     };
-    let cache_id = shared.store.reserve(name).inspect_err(|error| {
+    let cache_id = shared.store.reserve(name).await.inspect_err(|error| {
         if matches!(error, StoreError::AlreadyExists) {
             shared.counters.conflicts.one();
         }
@@ -182,14 +191,14 @@ fn reserve_upload<S: Store>(
 }
 
 /// An upload that the sender of the request may write to.
-fn own_upload<S: Store>(
+async fn own_upload<S: Store>(
     shared: &Shared<S>,
     upload: u64,
     headers: &HeaderMap,
 ) -> Result<(), Refusal> {
-    let scope = writable(shared, headers)?;
-    match shared.store.name_of(upload) {
-        Some(name) if name.scope == scope => Ok(()),
+    let scope = writable(shared, headers).await?;
+    match shared.store.name_of(upload).await? {
+        name if name.scope == scope => Ok(()),
         _ => Err(StoreError::NoSuchUpload.into()),
     }
 }
@@ -213,7 +222,7 @@ async fn upload_piece<S: Store>(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    own_upload(shared, id, headers)?;
+    own_upload(shared, id, headers).await?;
     shared.counters.uploads.one();
     let (first, length) = headers
         .get(CONTENT_RANGE)
@@ -279,7 +288,7 @@ async fn commit_upload<S: Store>(
     size: u64,
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
-    own_upload(shared, id, headers)?;
+    own_upload(shared, id, headers).await?;
     shared.store.commit(id, size).await?;
     shared.counters.commits.one();
     Ok(StatusCode::NO_CONTENT.into_response())

@@ -19,7 +19,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::service::Shared;
 use crate::service::auth::{Access, Purpose};
-use crate::service::store::{EntryName, Query, Scope, Store, StoreError, check_keys};
+use crate::service::store::{
+    EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
+};
 
 /// The service's name in a request's path.
 const SERVICE: &str = "github.actions.results.api.v1.CacheService";
@@ -144,6 +146,7 @@ impl IntoResponse for TwirpError {
 
 impl From<StoreError> for TwirpError {
     fn from(error: StoreError) -> Self {
+        error.log();
         let (status, code) = match &error {
             StoreError::AlreadyExists => (StatusCode::CONFLICT, "already_exists"),
             StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "not_found"),
@@ -152,7 +155,9 @@ impl From<StoreError> for TwirpError {
             | StoreError::NoSuchBlock
             | StoreError::TooLarge { .. }
             | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "invalid_argument"),
-            StoreError::Io(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+            StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "internal")
+            }
         };
         Self::new(status, code, error)
     }
@@ -229,8 +234,7 @@ async fn answer<S: Store>(
             "there is no such service",
         ));
     }
-    let Some(access) = shared.access(headers) else {
-        shared.counters.refused.one();
+    let Some(access) = shared.access(headers).await else {
         return Err(TwirpError::new(
             StatusCode::UNAUTHORIZED,
             "unauthenticated",
@@ -250,7 +254,8 @@ async fn answer<S: Store>(
     match method {
         "CreateCacheEntry" => {
             let request = encoding.decode(&body)?;
-            create(shared, &access, request, headers).map(|answer| encoding.encode(&answer))
+            let answer = create(shared, &access, request, headers).await?;
+            Ok(encoding.encode(&answer))
         }
         "FinalizeCacheEntryUpload" => {
             let request = encoding.decode(&body)?;
@@ -282,7 +287,9 @@ fn writable(access: &Access) -> Result<Scope, TwirpError> {
 }
 
 fn checked_name(scope: Scope, version: String, key: String) -> Result<EntryName, TwirpError> {
-    check_keys([key.as_str()]).map_err(TwirpError::invalid)?;
+    check_keys([key.as_str()])
+        .and_then(|()| check_version(&version))
+        .map_err(TwirpError::invalid)?;
     if version.is_empty() {
         return Err(TwirpError::invalid("the version must not be empty"));
     }
@@ -293,7 +300,7 @@ fn checked_name(scope: Scope, version: String, key: String) -> Result<EntryName,
     })
 }
 
-fn create<S: Store>(
+async fn create<S: Store>(
     shared: &Shared<S>,
     access: &Access,
     request: CreateRequest,
@@ -301,7 +308,7 @@ fn create<S: Store>(
 ) -> Result<CreateResponse, TwirpError> {
     shared.counters.reservations.one();
     let name = checked_name(writable(access)?, request.version, request.key)?;
-    let upload = shared.store.reserve(name).inspect_err(|error| {
+    let upload = shared.store.reserve(name).await.inspect_err(|error| {
         if matches!(error, StoreError::AlreadyExists) {
             shared.counters.conflicts.one();
         }
@@ -320,10 +327,7 @@ async fn finalize<S: Store>(
     let name = checked_name(writable(access)?, request.version, request.key)?;
     let size = u64::try_from(request.size_bytes)
         .map_err(|_| TwirpError::invalid("the size must not be negative"))?;
-    let upload = shared
-        .store
-        .upload_of(&name)
-        .ok_or(StoreError::NoSuchUpload)?;
+    let upload = shared.store.upload_of(&name).await?;
     let entry = shared.store.commit(upload, size).await?;
     shared.counters.commits.one();
     Ok(FinalizeResponse {

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,8 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use sccache_action::service::auth::{Access, BearerToken, Tokens};
-use sccache_action::service::disk::DiskStore;
+use sccache_action::service::auth::{Access, BearerToken, Tokens, UrlSigner};
+use sccache_action::service::entries::{EntryStore, Limits, Storage, system_clock};
 use sccache_action::service::store::Scope;
 use sccache_action::service::{self, Shared};
 use serde_json::{Value, json};
@@ -124,7 +125,7 @@ pub struct Upstream {
     /// A runtime token for [`DEFAULT_BRANCH`].
     pub token: String,
     front: Arc<Front>,
-    shared: Arc<Shared<DiskStore>>,
+    shared: Arc<Shared<EntryStore>>,
     runtime: Option<Runtime>,
     folder: TempDir,
 }
@@ -148,11 +149,21 @@ impl Upstream {
             .build()
             .unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let store = DiskStore::open(folder.path(), service::ENTRY_LIMIT).unwrap();
+        let storage = Storage::in_folder(folder.path(), Limits::of_entries(service::ENTRY_LIMIT));
+        // In a thread of its own, since this one may be a runtime's.
+        let store = std::thread::scope(|scope| {
+            let open = || runtime.block_on(EntryStore::open(&storage, system_clock()));
+            scope.spawn(open).join().unwrap().unwrap()
+        });
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared::new(store, Tokens::default(), address).unwrap());
+        let shared = Arc::new(Shared::new(
+            store,
+            Tokens::default(),
+            address,
+            UrlSigner::random().unwrap(),
+        ));
         let front = Arc::new(Front {
             options,
             counts: Mutex::default(),
@@ -214,10 +225,8 @@ impl Upstream {
 
     /// Loses the content of the entry that was committed first.
     pub fn lose_first_entry(&self) {
-        let folder = self.folder.path().join("entries");
-        let entries = std::fs::read_dir(folder).unwrap();
-        let first = entries
-            .map(|entry| entry.unwrap().path())
+        let first = files_in(&self.folder.path().join("blobs"))
+            .into_iter()
             .min_by_key(|path| {
                 let name = path.file_name().unwrap().to_str().unwrap();
                 name.parse::<u64>().unwrap()
@@ -237,6 +246,18 @@ impl Drop for Upstream {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// All files in a folder and the folders in it.
+fn files_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    entries
+        .map(|entry| entry.unwrap().path())
+        .flat_map(|path| match path.is_dir() {
+            true => files_in(&path),
+            false => vec![path],
+        })
+        .collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,0 +1,498 @@
+//! `sccache-action serve`: the cache service standing alone, for self-hosted runners, act, Gitea and
+//! Forgejo.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use tracing::level_filters::LevelFilter;
+use tracing::{info, warn};
+
+use crate::http_client::{self, Timeouts};
+use crate::service::auth::{Access, BearerToken, Tokens};
+use crate::service::blobs::{Bucket, Location};
+use crate::service::catalog::{Database, PostgresUrl};
+use crate::service::entries::{Limits, Storage};
+use crate::service::forgejo::Proxy;
+use crate::service::runtime_token::{GITHUB_ISSUER, Issuer, Keys, RuntimeTokens, Secret};
+use crate::service::store::Scope;
+use crate::service::{self, Config, Gate, ServiceError};
+
+/// The scope of tokens that name none.
+const DEFAULT_SCOPE: &str = "refs/heads/main";
+
+/// How the service is set up. Each option may be given as the variable that its help names.
+#[derive(Clone, Debug, Args)]
+pub struct Options {
+    /// Where to listen. Anything but 127.0.0.1 is reached from other machines
+    #[arg(long, env = "SCCACHE_ACTION_LISTEN", default_value = "127.0.0.1:8089")]
+    pub listen: SocketAddr,
+
+    /// The folder for what is cached, and for its list where --database says nothing else
+    #[arg(
+        long,
+        env = "SCCACHE_ACTION_FOLDER",
+        default_value = ".sccache-action-cache"
+    )]
+    pub folder: PathBuf,
+
+    /// Where entries are listed: postgres://USER:PASSWORD@HOST/DATABASE lets several services share
+    /// one storage; without it SQLite in the folder
+    #[arg(long, env = "SCCACHE_ACTION_DATABASE", hide_env_values = true, value_parser = database)]
+    pub database: Option<PostgresUrl>,
+
+    /// Where the bytes are: s3://BUCKET/PREFIX; without it the folder. Credentials come from
+    /// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or wherever else AWS's tools find them
+    #[arg(long, env = "SCCACHE_ACTION_BLOBS", value_parser = bucket)]
+    pub blobs: Option<Bucket>,
+
+    /// The URL of the S3 service, where it is not Amazon's
+    #[arg(long, env = "SCCACHE_ACTION_S3_ENDPOINT", requires = "blobs")]
+    pub s3_endpoint: Option<String>,
+
+    /// The region of the bucket
+    #[arg(long, env = "SCCACHE_ACTION_S3_REGION", requires = "blobs")]
+    pub s3_region: Option<String>,
+
+    /// A file of tokens and of what each opens; see docs/cache-service.md
+    #[arg(long, env = "SCCACHE_ACTION_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// Take the tokens of GitHub's jobs. Their signature is checked with the keys that the issuer
+    /// publishes, github.com's where no URL is given
+    #[arg(
+        long,
+        env = "SCCACHE_ACTION_GITHUB_TOKENS",
+        value_name = "ISSUER",
+        num_args = 0..=1,
+        default_missing_value = GITHUB_ISSUER
+    )]
+    pub github_tokens: Option<String>,
+
+    /// Take tokens that are signed with the secret in this file (HS256), as Gitea's are
+    #[arg(long, env = "SCCACHE_ACTION_TOKEN_SECRET_FILE", value_name = "FILE")]
+    pub token_secret_file: Option<PathBuf>,
+
+    /// Take what a Forgejo runner passes on; the file has what its configuration calls cache.secret
+    #[arg(long, env = "SCCACHE_ACTION_FORGEJO_SECRET_FILE", value_name = "FILE")]
+    pub forgejo_secret_file: Option<PathBuf>,
+
+    /// Take any token at its word, whoever signed it. Only for machines where nobody else is
+    #[arg(long, env = "SCCACHE_ACTION_UNCHECKED_TOKENS")]
+    pub unchecked_tokens: bool,
+
+    /// The URL under which clients reach the service, where that is not the host that they ask:
+    /// behind a proxy that speaks TLS
+    #[arg(long, env = "SCCACHE_ACTION_PUBLIC_URL", value_parser = public_url)]
+    pub public_url: Option<String>,
+
+    /// What all entries together may take; those that were used longest ago go first
+    #[arg(long, env = "SCCACHE_ACTION_MAX_SIZE", default_value = "10GiB")]
+    pub max_size: ByteSize,
+
+    /// What one entry may take
+    #[arg(long, env = "SCCACHE_ACTION_MAX_ENTRY_SIZE", default_value = "10GiB")]
+    pub max_entry_size: ByteSize,
+
+    /// How long an entry is kept that nobody reads; 0 is for ever
+    #[arg(
+        long,
+        env = "SCCACHE_ACTION_MAX_UNUSED",
+        default_value = "7d",
+        value_parser = humantime::parse_duration
+    )]
+    pub max_unused: Duration,
+
+    /// In which form to log, on standard error
+    #[arg(long, env = "SCCACHE_ACTION_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// What to log: error, warn, info, or debug, which has each request
+    #[arg(long, env = "SCCACHE_ACTION_LOG_LEVEL", default_value = "info")]
+    pub log_level: LevelFilter,
+}
+
+/// A form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// A line for a person.
+    Text,
+    /// A line of JSON.
+    Json,
+}
+
+fn database(text: &str) -> Result<PostgresUrl, String> {
+    let url = url::Url::parse(text).map_err(|error| error.to_string())?;
+    match url.scheme() {
+        "postgres" | "postgresql" => Ok(PostgresUrl(text.to_owned())),
+        _ => Err("it must begin with postgres://".to_owned()),
+    }
+}
+
+fn bucket(text: &str) -> Result<Bucket, String> {
+    let (name, prefix) = text
+        .strip_prefix("s3://")
+        .map(|rest| rest.split_once('/').unwrap_or((rest, "")))
+        .filter(|(name, _)| !name.is_empty())
+        .ok_or("it must have the form s3://BUCKET or s3://BUCKET/PREFIX")?;
+    Ok(Bucket {
+        name: name.to_owned(),
+        prefix: prefix.trim_matches('/').to_owned(),
+        ..Bucket::default()
+    })
+}
+
+fn public_url(text: &str) -> Result<String, String> {
+    let url = url::Url::parse(text).map_err(|error| error.to_string())?;
+    if !matches!(url.scheme(), "http" | "https") || url.query().is_some() {
+        return Err("it must begin with https:// or http:// and have no query".to_owned());
+    }
+    Ok(text.trim_end_matches('/').to_owned())
+}
+
+/// Why the service cannot be set up as asked, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A file that an option names cannot be read.
+    #[error("--{option}: {}: {error}", path.display())]
+    File {
+        /// The option.
+        option: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        error: io::Error,
+    },
+    /// The file of tokens is not what it should be.
+    #[error("--token-file: {0}")]
+    Tokens(String),
+    /// A secret is empty.
+    #[error("--{0}: the file is empty")]
+    EmptySecret(&'static str),
+    /// The HTTP client could not be made.
+    #[error("no HTTP client: {0}")]
+    Client(#[from] reqwest::Error),
+    /// The service did not start.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// It ended by itself or could not end in order.
+    #[error("the cache service ended: {0}")]
+    Ended(#[from] io::Error),
+}
+
+/// A line of the file of tokens.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListedToken {
+    token: String,
+    /// Entries of another repository are unseen.
+    #[serde(default)]
+    repository: String,
+    /// What it reads and writes; it only reads where this is missing and `read` is not.
+    write: Option<String>,
+    #[serde(default)]
+    read: Vec<String>,
+}
+
+/// The tokens that `text` lists, in YAML.
+fn listed_tokens(text: &str) -> Result<Tokens, String> {
+    let listed: Vec<ListedToken> = serde_yaml::from_str(text).map_err(|error| error.to_string())?;
+    if listed.is_empty() {
+        return Err("there is no token in it".to_owned());
+    }
+    listed
+        .into_iter()
+        .try_fold(Tokens::default(), |tokens, listed| {
+            if listed.token.trim().is_empty() {
+                return Err("a token is empty".to_owned());
+            }
+            let scope = |name: &str| match listed.repository.as_str() {
+                "" => Scope::from(name),
+                repository => service::runtime_token::scope_of(repository, name),
+            };
+            let default = listed.read.is_empty().then_some(DEFAULT_SCOPE);
+            let write = listed.write.as_deref().or(default).map(scope);
+            let others = listed.read.iter().map(|name| scope(name));
+            let read = write.iter().cloned().chain(others).collect();
+            Ok(tokens.with(&BearerToken::new(listed.token), Access { write, read }))
+        })
+}
+
+fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, ServeError> {
+    let path = path.to_owned();
+    std::fs::read(&path).map_err(|error| ServeError::File {
+        option,
+        path,
+        error,
+    })
+}
+
+/// What a file of a secret has, without the line's end that editors put there.
+fn secret(option: &'static str, path: &Path) -> Result<Vec<u8>, ServeError> {
+    let text = read(option, path)?;
+    let end = text.trim_ascii_end().len();
+    match end {
+        0 => Err(ServeError::EmptySecret(option)),
+        end => Ok(text[..end].to_vec()),
+    }
+}
+
+impl Options {
+    fn storage(&self) -> Storage {
+        let limits = Limits {
+            entry: self.max_entry_size.as_u64(),
+            total: Some(self.max_size.as_u64()),
+            unused: (!self.max_unused.is_zero()).then_some(self.max_unused),
+        };
+        let alone = Storage::in_folder(&self.folder, limits);
+        let blobs = self.blobs.clone().map(|bucket| {
+            Location::Bucket(Bucket {
+                endpoint: self.s3_endpoint.clone(),
+                region: self.s3_region.clone(),
+                ..bucket
+            })
+        });
+        let shared = self.database.clone().map(Database::Postgres);
+        Storage {
+            // Services that share a database share the folder too, if that is where blobs are.
+            lock: alone.lock.filter(|_| shared.is_none()),
+            database: shared.unwrap_or(alone.database),
+            blobs: blobs.unwrap_or(alone.blobs),
+            limits,
+        }
+    }
+
+    /// Who is let in; a token as well where no option says who, which is then the only one.
+    fn gate(&self) -> Result<(Gate, Option<BearerToken>), ServeError> {
+        let mut gate = Gate::default();
+        if let Some(path) = &self.token_file {
+            let text = read("token-file", path)?;
+            let text = String::from_utf8_lossy(&text);
+            gate.tokens = listed_tokens(&text).map_err(ServeError::Tokens)?.into();
+        }
+        if let Some(path) = &self.token_secret_file {
+            let secret = Secret(secret("token-secret-file", path)?);
+            gate.runtime.push(RuntimeTokens::new(Keys::Secret(secret)));
+        }
+        if let Some(issuer) = &self.github_tokens {
+            let issuer = Issuer::new(issuer, http_client::build(Timeouts::default())?);
+            gate.runtime.push(RuntimeTokens::new(Keys::Issuer(issuer)));
+        }
+        if self.unchecked_tokens {
+            gate.runtime.push(RuntimeTokens::new(Keys::Unchecked));
+        }
+        if let Some(path) = &self.forgejo_secret_file {
+            gate.forgejo = Some(Proxy::new(secret("forgejo-secret-file", path)?));
+        }
+        let asked = self.token_file.is_some() || gate.forgejo.is_some() || !gate.runtime.is_empty();
+        if asked {
+            return Ok((gate, None));
+        }
+        let (token, tokens) = service::single_token(DEFAULT_SCOPE).map_err(ServiceError::from)?;
+        Ok((Gate::from(tokens), Some(token)))
+    }
+}
+
+fn start_log(options: &Options) {
+    let log = tracing_subscriber::fmt()
+        .with_max_level(options.log_level)
+        .with_target(false)
+        .with_writer(io::stderr);
+    // One that is there already stays.
+    let _ = match options.log_format {
+        LogFormat::Text => log
+            .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+            .try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+}
+
+/// Runs the service until the process is told to end. What a client needs to know stands on
+/// standard output, one variable a line, once it listens.
+///
+/// # Errors
+/// Where it does not start, or ends by itself.
+pub async fn run(options: Options) -> Result<(), ServeError> {
+    start_log(&options);
+    let (gate, token) = options.gate()?;
+    if options.unchecked_tokens && !options.listen.ip().is_loopback() {
+        warn!("tokens are not checked and other machines reach this service");
+    }
+    let stop = stop_signal()?;
+    let config = Config {
+        storage: options.storage(),
+        address: options.listen,
+        gate,
+        public_url: options.public_url,
+    };
+    let mut running = service::start(config).await?;
+    println!("ACTIONS_RESULTS_URL={}", running.url());
+    println!("ACTIONS_CACHE_URL={}", running.url());
+    if let Some(token) = token {
+        println!("ACTIONS_RUNTIME_TOKEN={}", token.reveal());
+    }
+    info!(url = running.url(), "listening");
+    tokio::select! {
+        ended = running.ended() => ended?,
+        () = stop => {
+            info!("ending, once the requests in flight are answered");
+            running.shutdown().await?;
+        }
+    }
+    Ok(())
+}
+
+/// Ends when the process is told to: by an interrupt from the keyboard, or by a service manager.
+#[cfg(unix)]
+fn stop_signal() -> io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    // From here on, so that none is missed while the store is opened.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Ends when the process is told to by an interrupt from the keyboard.
+#[cfg(not(unix))]
+fn stop_signal() -> io::Result<impl Future<Output = ()>> {
+    Ok(async {
+        let _ = tokio::signal::ctrl_c().await;
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(arguments: &[&str]) -> Options {
+        let arguments = std::iter::once(&"serve").chain(arguments);
+        Line::try_parse_from(arguments).unwrap().options
+    }
+
+    #[test]
+    fn without_options_it_is_a_folder_on_loopback_with_githubs_limits() {
+        let options = options(&[]);
+        assert!(options.listen.ip().is_loopback());
+        let limits = Limits {
+            entry: 10 << 30,
+            total: Some(10 << 30),
+            unused: Some(Duration::from_secs(7 * 24 * 60 * 60)),
+        };
+        let folder = Path::new(".sccache-action-cache");
+        let storage = options.storage();
+        assert_eq!(storage.limits, limits);
+        assert_eq!(
+            storage.database,
+            Storage::in_folder(folder, limits).database
+        );
+        assert!(storage.lock.is_some());
+        let (_, token) = options.gate().unwrap();
+        assert!(token.is_some());
+    }
+
+    #[test]
+    fn a_shared_storage_is_not_locked() {
+        let url = "postgres://u:hunter2@127.0.0.1/cache";
+        let options = options(&[
+            "--database",
+            url,
+            "--blobs",
+            "s3://bucket/some/prefix/",
+            "--s3-endpoint",
+            "http://127.0.0.1:9000",
+            "--max-unused",
+            "0s",
+        ]);
+        let storage = options.storage();
+        assert_eq!(storage.lock, None);
+        assert_eq!(storage.limits.unused, None);
+        let bucket = Bucket {
+            name: "bucket".to_owned(),
+            prefix: "some/prefix".to_owned(),
+            endpoint: Some("http://127.0.0.1:9000".to_owned()),
+            region: None,
+        };
+        assert_eq!(storage.blobs, Location::Bucket(bucket));
+        assert!(!format!("{options:?} {storage:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_with_the_option_s_name() {
+        for (arguments, named) in [
+            (["--database", "mysql://host/db"], "postgres://"),
+            (["--blobs", "gs://bucket"], "s3://BUCKET"),
+            (["--blobs", "s3:///prefix"], "s3://BUCKET"),
+            (["--max-size", "lots"], "--max-size"),
+            (["--max-unused", "week"], "--max-unused"),
+            (["--public-url", "cache.example"], "--public-url"),
+            (["--log-format", "xml"], "--log-format"),
+            (["--s3-region", "eu"], "--blobs"),
+        ] {
+            let line = [&["serve"][..], &arguments].concat();
+            let error = Line::try_parse_from(line).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_tokens_says_what_each_opens() {
+        let tokens = listed_tokens(
+            "- token: one\n\
+             - token: two\n  repository: o/r\n  write: refs/pull/1/merge\n  read: [refs/heads/main]\n\
+             - token: three\n  read: [refs/heads/main]\n",
+        )
+        .unwrap();
+        let access = |token: &str| {
+            let header = format!("Bearer {token}");
+            tokens.access(Some(header.as_bytes())).unwrap()
+        };
+        assert_eq!(*access("one"), Access::to(DEFAULT_SCOPE.into()));
+        let two = access("two");
+        assert_eq!(two.write, Some("o/r:refs/pull/1/merge".into()));
+        assert_eq!(
+            two.read,
+            ["o/r:refs/pull/1/merge".into(), "o/r:refs/heads/main".into()]
+        );
+        let three = access("three");
+        assert_eq!((three.write.clone(), three.read.len()), (None, 1));
+        for wrong in [
+            "",
+            "[]",
+            "- token: ''",
+            "- tokn: x",
+            "- token: x\n  scope: y",
+        ] {
+            assert!(listed_tokens(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_read_without_the_line_s_end_and_must_not_be_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        std::fs::write(&path, "secret\n").unwrap();
+        assert_eq!(secret("x", &path).unwrap(), b"secret");
+        std::fs::write(&path, " \n").unwrap();
+        assert!(secret("x", &path).is_err());
+        let missing = secret("x", &folder.path().join("missing")).unwrap_err();
+        assert!(missing.to_string().contains("--x"), "{missing}");
+    }
+}

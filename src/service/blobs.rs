@@ -1,0 +1,313 @@
+//! Where the bytes are: a folder, or a bucket that speaks S3, through opendal.
+//!
+//! A blob is written once, in one go, and never changed. Its path is its number under the name of
+//! the store, so that two stores may share a bucket.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use opendal::layers::{RetryLayer, TimeoutLayer};
+use opendal::{Buffer, ErrorKind, Operator, services};
+use tokio::sync::Semaphore;
+
+use crate::service::parts::{self, Part, Segment};
+use crate::service::store::{Piece, StoreError};
+
+/// What of a blob is gathered before it is written, in bytes. Most objects of a compiler cache are
+/// smaller, and cost one call.
+const SMALL: usize = 64 * 1024;
+
+/// What of a larger blob is in memory at once in a folder, in bytes.
+const FOLDER_CHUNK: usize = 512 * 1024;
+
+/// The same for a bucket, where it is a part of a multipart upload: ten thousand of them are what
+/// S3 takes, and at least 5 MiB each.
+const BUCKET_CHUNK: usize = 8 * 1024 * 1024;
+
+/// How many larger blobs are written at once; with [`BUCKET_CHUNK`] that bounds the memory of
+/// uploads to 192 MiB. Others wait, and their clients with them.
+const WRITERS: usize = 24;
+
+/// How long a client may take for the next piece of what it sends: it holds one of [`WRITERS`].
+const PIECE_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a call of the storage may take without a byte.
+const STORAGE_WAIT: Duration = Duration::from_secs(30);
+
+/// Where blobs are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// In a folder.
+    Folder(PathBuf),
+    /// In a bucket that speaks S3.
+    Bucket(Bucket),
+}
+
+/// A bucket. Region, endpoint and credentials that are not given here come from the `AWS_*`
+/// variables, files and services that opendal's S3 service looks at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bucket {
+    /// Its name.
+    pub name: String,
+    /// What the paths in it begin with; may be empty.
+    pub prefix: String,
+    /// The URL of the service, where it is not Amazon's.
+    pub endpoint: Option<String>,
+    /// The region.
+    pub region: Option<String>,
+}
+
+/// Opens and reads blobs.
+#[derive(Clone)]
+pub struct Blobs {
+    operator: Operator,
+    /// The name of the store, which paths begin with.
+    store: Arc<str>,
+    chunk: usize,
+    /// Reading a bucket in chunks would be a request each.
+    chunked_reads: bool,
+    writers: Arc<Semaphore>,
+}
+
+impl fmt::Debug for Blobs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // An operator's own form has its credentials.
+        let info = self.operator.info();
+        write!(formatter, "Blobs({}:{})", info.scheme(), info.root())
+    }
+}
+
+impl Blobs {
+    /// The blobs at `location` of the store called `store`.
+    ///
+    /// # Errors
+    /// Where opendal takes it for no such place.
+    pub fn open(location: &Location, store: &str) -> Result<Self, opendal::Error> {
+        // The HTTP client that opendal makes takes the process's cryptography. Set already is fine.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (operator, chunk) = match location {
+            Location::Folder(folder) => {
+                let builder = services::Fs::default().root(&folder.to_string_lossy());
+                (Operator::new(builder)?, FOLDER_CHUNK)
+            }
+            Location::Bucket(bucket) => {
+                let mut builder = services::S3::default()
+                    .bucket(&bucket.name)
+                    .root(&bucket.prefix);
+                if let Some(endpoint) = &bucket.endpoint {
+                    builder = builder.endpoint(endpoint);
+                }
+                if let Some(region) = &bucket.region {
+                    builder = builder.region(region);
+                }
+                (Operator::new(builder)?, BUCKET_CHUNK)
+            }
+        };
+        Ok(Self {
+            operator: operator
+                .layer(
+                    TimeoutLayer::new()
+                        .with_timeout(STORAGE_WAIT)
+                        .with_io_timeout(STORAGE_WAIT),
+                )
+                .layer(RetryLayer::new().with_max_times(3).with_jitter()),
+            store: store.into(),
+            chunk,
+            chunked_reads: matches!(location, Location::Folder(_)),
+            writers: Arc::new(Semaphore::new(WRITERS)),
+        })
+    }
+
+    /// 256 folders keep each of them small on file systems that search them.
+    fn path(&self, blob: u64) -> String {
+        format!("{}/{:02x}/{blob}", self.store, blob % 256)
+    }
+
+    /// Writes `pieces` as a blob and gives its size in bytes.
+    ///
+    /// # Errors
+    /// The stream's, or where nothing comes of it for too long, or the storage fails. A blob that
+    /// was begun may be there then.
+    pub async fn write(
+        &self,
+        blob: u64,
+        pieces: impl Stream<Item = Piece> + Send,
+    ) -> Result<u64, StoreError> {
+        let mut pieces = std::pin::pin!(pieces);
+        let mut next = async || match tokio::time::timeout(PIECE_WAIT, pieces.next()).await {
+            Ok(piece) => piece.transpose(),
+            Err(_) => {
+                let waited = format!("nothing came for {} s", PIECE_WAIT.as_secs());
+                Err(StoreError::Interrupted(waited))
+            }
+        };
+        let path = self.path(blob);
+        let mut size = 0u64;
+        let mut gathered = Gathered::default();
+        while gathered.size <= SMALL {
+            let Some(piece) = next().await? else {
+                self.operator.write(&path, gathered.take()).await?;
+                return Ok(size);
+            };
+            size += piece.len() as u64;
+            gathered.add(piece);
+        }
+        // The semaphore is never closed.
+        let _permit = self
+            .writers
+            .acquire()
+            .await
+            .map_err(std::io::Error::other)?;
+        let mut writer = self.operator.writer_with(&path).chunk(self.chunk).await?;
+        let written = async {
+            writer.write(gathered.take()).await?;
+            while let Some(piece) = next().await? {
+                size += piece.len() as u64;
+                writer.write(piece).await?;
+            }
+            writer.close().await?;
+            Ok(size)
+        };
+        let written = written.await;
+        if written.is_err() {
+            // What a folder keeps of it is deleted with the blob.
+            let _ = writer.abort().await;
+        }
+        written
+    }
+
+    /// A stream of the bytes of `segments`, one behind the other.
+    fn read(&self, segments: Vec<Segment>) -> impl Stream<Item = std::io::Result<Bytes>> + use<> {
+        let blobs = self.clone();
+        stream::iter(segments)
+            .then(move |segment| {
+                let blobs = blobs.clone();
+                async move { blobs.read_segment(segment).await }
+            })
+            .try_flatten()
+    }
+
+    async fn read_segment(
+        &self,
+        segment: Segment,
+    ) -> std::io::Result<impl Stream<Item = std::io::Result<Bytes>> + use<>> {
+        let path = self.path(segment.blob);
+        let range = segment.start..segment.start + segment.length;
+        let reader = self.operator.reader_with(&path);
+        let reader = match self.chunked_reads {
+            true => reader.chunk(self.chunk).await?,
+            false => reader.await?,
+        };
+        Ok(reader.into_bytes_stream(range).await?)
+    }
+
+    /// Deletes blobs; those that are not there count as deleted.
+    ///
+    /// # Errors
+    /// Where the storage fails. Some of them may be deleted then.
+    pub async fn delete(&self, blobs: impl IntoIterator<Item = u64>) -> Result<(), opendal::Error> {
+        let paths: Vec<String> = blobs.into_iter().map(|blob| self.path(blob)).collect();
+        self.operator.delete_iter(paths).await
+    }
+
+    /// Writes, reads and deletes a blob of its own, so that a wrong bucket or missing rights are
+    /// known at the start.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub async fn check(&self, name: &str) -> Result<(), opendal::Error> {
+        let path = format!("{}/check-{name}", self.store);
+        self.operator.write(&path, "checked").await?;
+        let read = self.operator.read(&path).await?;
+        self.operator.delete(&path).await?;
+        if read.to_vec() != b"checked" {
+            let message = "what was read is not what was written";
+            return Err(opendal::Error::new(ErrorKind::Unexpected, message));
+        }
+        Ok(())
+    }
+}
+
+/// Pieces that wait to be written together.
+#[derive(Default)]
+struct Gathered {
+    pieces: Vec<Bytes>,
+    size: usize,
+}
+
+impl Gathered {
+    fn add(&mut self, piece: Bytes) {
+        self.size += piece.len();
+        self.pieces.push(piece);
+    }
+
+    fn take(&mut self) -> Buffer {
+        self.size = 0;
+        Buffer::from(std::mem::take(&mut self.pieces))
+    }
+}
+
+/// An entry's content: parts that are blobs.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    blobs: Blobs,
+    parts: Arc<[Part]>,
+    size: u64,
+}
+
+/// What is read whole before an answer begins, in bytes, so that a blob that is gone or too short is
+/// a miss and not an answer that breaks off.
+const READ_AT_ONCE: u64 = 128 * 1024;
+
+impl Parts {
+    /// The content that `parts` of `blobs` make up.
+    pub fn new(blobs: Blobs, parts: Arc<[Part]>) -> Self {
+        let size = parts::total(&parts);
+        Self { blobs, parts, size }
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The `length` bytes from `first` on, which must be within it, as a stream whose first item
+    /// is there already.
+    ///
+    /// # Errors
+    /// Where the first of them cannot be read.
+    pub async fn read(
+        &self,
+        first: u64,
+        length: u64,
+    ) -> std::io::Result<impl Stream<Item = std::io::Result<Bytes>> + Send + use<>> {
+        let segments = parts::segments(&self.parts, first, length);
+        let mut stream = Box::pin(self.blobs.read(segments));
+        let mut begun = Vec::new();
+        let ends = || {
+            let kind = std::io::ErrorKind::UnexpectedEof;
+            std::io::Error::new(kind, "a blob is shorter than its entry says")
+        };
+        if length <= READ_AT_ONCE {
+            let mut all = BytesMut::new();
+            while let Some(piece) = stream.try_next().await? {
+                if all.is_empty() && piece.len() as u64 == length {
+                    begun.push(Ok(piece));
+                    return Ok(stream::iter(begun).chain(stream));
+                }
+                all.extend_from_slice(&piece);
+            }
+            if all.len() as u64 != length {
+                return Err(ends());
+            }
+            begun.push(Ok(all.freeze()));
+        } else {
+            begun.push(Ok(stream.try_next().await?.ok_or_else(ends)?));
+        }
+        Ok(stream::iter(begun).chain(stream))
+    }
+}
