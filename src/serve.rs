@@ -428,7 +428,7 @@ mod tests {
             name: "bucket".to_owned(),
             prefix: "some/prefix".to_owned(),
             endpoint: Some("http://127.0.0.1:9000".to_owned()),
-            region: None,
+            ..Bucket::default()
         };
         assert_eq!(storage.blobs, Location::Bucket(bucket));
         assert!(!format!("{options:?} {storage:?}").contains("hunter2"));

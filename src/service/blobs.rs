@@ -11,9 +11,11 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use opendal::layers::{RetryLayer, TimeoutLayer};
-use opendal::{Buffer, ErrorKind, Operator, services};
+use opendal::{Buffer, ErrorKind, HttpTransporter, OperationContext, Operator, services};
+use opendal_http_transport_reqwest::ReqwestTransport;
 use tokio::sync::Semaphore;
 
+use crate::http_client;
 use crate::service::parts::{self, Part, Segment};
 use crate::service::store::{Piece, StoreError};
 
@@ -35,6 +37,9 @@ const WRITERS: usize = 24;
 /// How long a client may take for the next piece of what it sends: it holds one of [`WRITERS`].
 const PIECE_WAIT: Duration = Duration::from_secs(60);
 
+/// How long a connection to the bucket may take.
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+
 /// How long a call of the storage may take without a byte.
 const STORAGE_WAIT: Duration = Duration::from_secs(30);
 
@@ -47,8 +52,8 @@ pub enum Location {
     Bucket(Bucket),
 }
 
-/// A bucket. Region, endpoint and credentials that are not given here come from the `AWS_*`
-/// variables, files and services that opendal's S3 service looks at.
+/// A bucket. Region and credentials that are not given here come from the `AWS_*` variables, files
+/// and services that opendal's S3 service looks at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// Its name.
@@ -59,6 +64,23 @@ pub struct Bucket {
     pub endpoint: Option<String>,
     /// The region.
     pub region: Option<String>,
+    /// The credentials.
+    pub credentials: Option<Credentials>,
+}
+
+/// An access key and its secret, shown to nobody who prints them by accident.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// The access key.
+    pub access_key: String,
+    /// Its secret.
+    pub secret_key: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Credentials(***)")
+    }
 }
 
 /// Opens and reads blobs.
@@ -87,8 +109,6 @@ impl Blobs {
     /// # Errors
     /// Where opendal takes it for no such place.
     pub fn open(location: &Location, store: &str) -> Result<Self, opendal::Error> {
-        // The HTTP client that opendal makes takes the process's cryptography. Set already is fine.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let (operator, chunk) = match location {
             Location::Folder(folder) => {
                 let builder = services::Fs::default().root(&folder.to_string_lossy());
@@ -104,7 +124,13 @@ impl Blobs {
                 if let Some(region) = &bucket.region {
                     builder = builder.region(region);
                 }
-                (Operator::new(builder)?, BUCKET_CHUNK)
+                if let Some(credentials) = &bucket.credentials {
+                    builder = builder
+                        .access_key_id(&credentials.access_key)
+                        .secret_access_key(&credentials.secret_key);
+                }
+                let operator = Operator::new(builder)?.with_context(transport()?);
+                (operator, BUCKET_CHUNK)
             }
         };
         Ok(Self {
@@ -230,6 +256,17 @@ impl Blobs {
         }
         Ok(())
     }
+}
+
+/// The HTTP client of this binary, for opendal.
+fn transport() -> Result<OperationContext, opendal::Error> {
+    let client = http_client::builder(CONNECT_WAIT)
+        .build()
+        .map_err(|error| {
+            opendal::Error::new(ErrorKind::Unexpected, "no HTTP client").set_source(error)
+        })?;
+    let transport = HttpTransporter::new(ReqwestTransport::new(client));
+    Ok(OperationContext::new().with_http_transport(transport))
 }
 
 /// Pieces that wait to be written together.

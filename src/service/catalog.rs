@@ -22,7 +22,7 @@ use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::{Any, AnyPool, Executor, Row, Transaction};
 
 use crate::service::parts::{self, Part, Received};
-use crate::service::store::{Entry, EntryName, Query, StoreError};
+use crate::service::store::{Entry, EntryName, KEY_LIMIT, Query, StoreError};
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(10);
@@ -128,10 +128,9 @@ fn schema(numbered: &str, text: &str) -> Vec<String> {
 /// The number of the schema above. A database of a later one is left alone.
 const SCHEMA: &str = "1";
 
-/// The text that is greater than all that begin with `prefix` and less than all that do not and are
-/// greater, in the order of code points, which is that of the bytes of UTF-8. `None` where nothing
-/// is greater.
-fn behind(prefix: &str) -> Option<String> {
+/// A text that is greater than all keys that begin with `prefix` and not greater than any that is
+/// behind those, in the order of code points, which is that of the bytes of UTF-8.
+fn behind(prefix: &str) -> String {
     let mut rest = prefix.to_owned();
     while let Some(last) = rest.pop() {
         let next = match last {
@@ -140,10 +139,11 @@ fn behind(prefix: &str) -> Option<String> {
         };
         if let Some(next) = next {
             rest.push(next);
-            return Some(rest);
+            return rest;
         }
     }
-    None
+    // Nothing is behind those but what is longer than a key may be.
+    "\u{10ffff}".repeat(KEY_LIMIT + 1)
 }
 
 impl Catalog {
@@ -508,8 +508,7 @@ impl Catalog {
                 .bind(scope.0.to_string())
                 .bind(query.version)
                 .bind(*key)
-                // Nothing is behind a key of U+10FFFF alone, and such keys are only found whole.
-                .bind(behind(key).unwrap_or_else(|| format!("{key}\u{1}")))
+                .bind(behind(key))
                 .fetch_optional(&self.read)
                 .await?;
                 if let Some(row) = found {
@@ -754,8 +753,11 @@ async fn prepare(pool: &AnyPool, schema: &[String]) -> Result<(), sqlx::Error> {
     for statement in schema {
         let statement = sqlx::AssertSqlSafe(statement.clone());
         match pool.execute(statement).await {
-            // Another replica makes the same table in this moment.
-            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {}
+            // Another replica makes the same table in this moment: PostgreSQL finds it when it has
+            // begun to make it, or when it enters its name or its type's.
+            Err(sqlx::Error::Database(error))
+                if error.is_unique_violation()
+                    || matches!(error.code().as_deref(), Some("42P07" | "42710")) => {}
             done => drop(done?),
         }
     }

@@ -31,3 +31,8 @@ pub fn sccache(version: &str) -> PathBuf {
 pub fn npm() -> PathBuf {
     found(folder().join("npm"))
 }
+
+/// The server that speaks S3.
+pub fn s3() -> PathBuf {
+    found(folder().join("s3s-fs-0.14.1/bin/s3s-fs"))
+}

@@ -1,0 +1,598 @@
+//! The store of the cache service, over each database and each place for blobs: SQLite and
+//! PostgreSQL, a folder and a bucket that speaks S3.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "support/postgres.rs"]
+mod postgres;
+#[path = "support/s3.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod s3;
+#[path = "support/tools.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod tools;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use postgres::Postgres;
+use proptest::prelude::*;
+use s3::S3;
+use sccache_action::service::blobs::Location;
+use sccache_action::service::catalog::{Database, PostgresUrl};
+use sccache_action::service::entries::{EntryStore, Limits, OpenError, Storage, Sweep};
+use sccache_action::service::store::{
+    Content, Entry, EntryName, Piece, Query, Scope, Store, StoreError,
+};
+use tempfile::TempDir;
+
+const LIMIT: u64 = 64 << 20;
+
+/// A storage of its own, and what it needs as long as it is used.
+struct Place {
+    name: &'static str,
+    storage: Storage,
+    /// Where its blobs are as files.
+    blobs: PathBuf,
+    time: Arc<AtomicU64>,
+    _folder: TempDir,
+    _postgres: Option<Arc<Postgres>>,
+    _s3: Option<S3>,
+}
+
+impl Place {
+    async fn new(name: &'static str, limits: Limits) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut storage = Storage::in_folder(folder.path(), limits);
+        let mut blobs = folder.path().join("blobs");
+        let postgres = name.contains("PostgreSQL").then(Postgres::shared);
+        if let Some(postgres) = &postgres {
+            storage.database = Database::Postgres(PostgresUrl(postgres.new_database().await));
+            storage.lock = None;
+        }
+        let s3 = name.contains("S3").then(|| S3::start(&tools::s3()));
+        if let Some(s3) = &s3 {
+            storage.blobs = s3.location("some/prefix");
+            blobs = s3.folder();
+        }
+        Self {
+            name,
+            storage,
+            blobs,
+            time: Arc::new(AtomicU64::new(1_000_000_000)),
+            _folder: folder,
+            _postgres: postgres,
+            _s3: s3,
+        }
+    }
+
+    async fn all(limits: Limits) -> Vec<Self> {
+        let names = [
+            "SQLite and a folder",
+            "SQLite and S3",
+            "PostgreSQL and a folder",
+            "PostgreSQL and S3",
+        ];
+        stream::iter(names)
+            .then(|name| Self::new(name, limits))
+            .collect()
+            .await
+    }
+
+    async fn open(&self) -> EntryStore {
+        let time = self.time.clone();
+        let clock = Arc::new(move || time.load(Ordering::Relaxed));
+        EntryStore::open(&self.storage, clock).await.unwrap()
+    }
+
+    fn pass(&self, time: Duration) {
+        let milliseconds = u64::try_from(time.as_millis()).unwrap();
+        self.time.fetch_add(milliseconds, Ordering::Relaxed);
+    }
+
+    /// How many blobs there are.
+    fn count(&self) -> usize {
+        fn files(folder: &Path) -> usize {
+            let entries = std::fs::read_dir(folder).into_iter().flatten();
+            entries
+                .map(|entry| match entry.unwrap().path() {
+                    path if path.is_dir() => files(&path),
+                    // The server keeps what it knows of an object in files of its own.
+                    path => usize::from(path.file_name().unwrap().as_encoded_bytes()[0] != b'.'),
+                })
+                .sum()
+        }
+        files(&self.blobs)
+    }
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn name(key: &str) -> EntryName {
+    EntryName {
+        scope: "s".into(),
+        version: "v".to_owned(),
+        key: key.to_owned(),
+    }
+}
+
+fn pieces(pieces: &[&'static str]) -> impl Stream<Item = Piece> + Send + use<> {
+    let pieces: Vec<Piece> = pieces
+        .iter()
+        .map(|piece| Ok(Bytes::from_static(piece.as_bytes())))
+        .collect();
+    stream::iter(pieces)
+}
+
+/// `size` bytes that are different in each place, in pieces as a connection has them.
+fn long(size: usize) -> impl Stream<Item = Piece> + Send {
+    let bytes: Bytes = (0..size).map(|at| (at * 31 >> 5) as u8).collect();
+    let chunks: Vec<Piece> = (0..size)
+        .step_by(50_000)
+        .map(|at| Ok(bytes.slice(at..(at + 50_000).min(size))))
+        .collect();
+    stream::iter(chunks)
+}
+
+async fn put(store: &EntryStore, key: &str, content: &'static str) -> Entry {
+    let upload = store.reserve(name(key)).await.unwrap();
+    store
+        .write(upload, 0, true, pieces(&[content]))
+        .await
+        .unwrap();
+    store.commit(upload, content.len() as u64).await.unwrap()
+}
+
+async fn find(store: &EntryStore, key: &str) -> Option<Entry> {
+    let query = Query {
+        scopes: &["s".into()],
+        version: "v",
+        keys: &[key],
+    };
+    store.find(&query).await
+}
+
+async fn read(store: &EntryStore, entry: u64, first: u64, length: u64) -> Option<Vec<u8>> {
+    let Content::Parts(parts) = store.open(entry).await? else {
+        panic!("this store has parts");
+    };
+    let bytes = parts.read(first, length).await.ok()?;
+    let bytes: Vec<Bytes> = bytes.try_collect().await.unwrap();
+    Some(bytes.concat())
+}
+
+async fn get(store: &EntryStore, key: &str) -> Option<String> {
+    let found = find(store, key).await?;
+    let bytes = read(store, found.id, 0, found.size).await?;
+    Some(String::from_utf8(bytes).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_committed_is_there_after_a_restart_and_never_changes() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        put(&store, "a", "one").await;
+        let half = store.reserve(name("b")).await.unwrap();
+        store.write(half, 0, true, pieces(&["tw"])).await.unwrap();
+        assert!(matches!(
+            store.reserve(name("a")).await,
+            Err(StoreError::AlreadyExists)
+        ));
+        drop(store);
+        let store = place.open().await;
+        assert_eq!(
+            get(&store, "a").await.as_deref(),
+            Some("one"),
+            "{}",
+            place.name
+        );
+        assert_eq!(get(&store, "b").await, None);
+        // A client that was in the middle goes on where the service went away.
+        store.write(half, 0, true, pieces(&["two"])).await.unwrap();
+        store.commit(half, 3).await.unwrap();
+        assert_eq!(get(&store, "b").await.as_deref(), Some("two"));
+        let late = store.write(half, 0, true, pieces(&["xxx"])).await;
+        assert!(matches!(late, Err(StoreError::NoSuchUpload)));
+        assert_eq!(get(&store, "b").await.as_deref(), Some("two"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pieces_and_blocks_make_up_an_entry_of_which_any_part_is_read() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        let size = 9_300_000;
+        let whole: Vec<Bytes> = long(size).try_collect().await.unwrap();
+        let whole = whole.concat();
+        // Blocks that are large enough for a multipart upload, and one that is not.
+        let upload = store.reserve(name("blocks")).await.unwrap();
+        for (block, bytes) in [("b", &whole[9_000_000..]), ("a/../x", &whole[..9_000_000])] {
+            let bytes = Bytes::copy_from_slice(bytes);
+            let chunks: Vec<Piece> = (0..bytes.len())
+                .step_by(70_000)
+                .map(|at| Ok(bytes.slice(at..(at + 70_000).min(bytes.len()))))
+                .collect();
+            store
+                .write_block(upload, block, stream::iter(chunks))
+                .await
+                .unwrap();
+        }
+        let missing = store.join_blocks(upload, vec!["c".to_owned()]).await;
+        assert!(matches!(missing, Err(StoreError::NoSuchBlock)));
+        let list = vec!["a/../x".to_owned(), "b".to_owned()];
+        store.join_blocks(upload, list).await.unwrap();
+        let entry = store.commit(upload, size as u64).await.unwrap();
+        for (first, length) in [
+            (0, size),
+            (8_999_999, 2),
+            (0, 1),
+            (size - 1, 1),
+            (5, 8_000_000),
+        ] {
+            let part = read(&store, entry.id, first as u64, length as u64).await;
+            let expected = &whole[first..first + length];
+            assert!(
+                part.as_deref() == Some(expected),
+                "{} {first}+{length}",
+                place.name
+            );
+        }
+        let upload = store.reserve(name("pieces")).await.unwrap();
+        for (start, piece) in [(3, "de"), (0, "abc"), (0, "ABC")] {
+            store
+                .write(upload, start, false, pieces(&[piece]))
+                .await
+                .unwrap();
+        }
+        assert!(matches!(
+            store.commit(upload, 6).await,
+            Err(StoreError::SizeMismatch {
+                actual: 5,
+                claimed: 6
+            })
+        ));
+        store.commit(upload, 5).await.unwrap();
+        assert_eq!(get(&store, "pieces").await.as_deref(), Some("ABCde"));
+        put(&store, "empty", "").await;
+        assert_eq!(get(&store, "empty").await.as_deref(), Some(""));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_many_reservations_and_one_of_many_commits_is_granted() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        let tries = (0..20).map(|_| store.reserve(name("a")));
+        let granted: Vec<u64> = futures_util::future::join_all(tries)
+            .await
+            .into_iter()
+            .flatten()
+            .collect();
+        assert_eq!(granted.len(), 1, "{}", place.name);
+        store
+            .write(granted[0], 0, true, pieces(&["a"]))
+            .await
+            .unwrap();
+        let tries = (0..20).map(|_| store.commit(granted[0], 1));
+        let committed = futures_util::future::join_all(tries).await;
+        let committed = committed.iter().filter(|result| result.is_ok()).count();
+        assert_eq!(committed, 1, "{}", place.name);
+        assert_eq!(get(&store, "a").await.as_deref(), Some("a"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_that_is_being_written_is_not_committed() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        let upload = store.reserve(name("a")).await.unwrap();
+        let first = stream::once(async { Ok(Bytes::from_static(b"one")) });
+        let then_commit = stream::once(async {
+            assert!(matches!(
+                store.commit(upload, 3).await,
+                Err(StoreError::Busy)
+            ));
+            Ok(Bytes::new())
+        });
+        store
+            .write(upload, 0, true, first.chain(then_commit))
+            .await
+            .unwrap();
+        store.commit(upload, 3).await.unwrap();
+        assert_eq!(get(&store, "a").await.as_deref(), Some("one"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_that_breaks_off_or_is_too_large_leaves_nothing() {
+    for place in Place::all(Limits::of_entries(9_000_000)).await {
+        let store = place.open().await;
+        let upload = store.reserve(name("a")).await.unwrap();
+        let broken = || stream::once(async { Err(StoreError::Interrupted("gone".to_owned())) });
+        for pieces in [
+            long(10).chain(broken()).boxed(),
+            long(8_600_000).chain(broken()).boxed(),
+        ] {
+            let error = store.write(upload, 0, false, pieces).await.unwrap_err();
+            assert!(matches!(error, StoreError::Interrupted(_)), "{error:?}");
+        }
+        let large = store.write(upload, 0, false, long(9_000_001)).await;
+        assert!(matches!(
+            large,
+            Err(StoreError::TooLarge { limit: 9_000_000 })
+        ));
+        let far = store.write(upload, u64::MAX, false, pieces(&["x"])).await;
+        assert!(matches!(far, Err(StoreError::TooLarge { .. })));
+        // A client that is gone: the request's future is dropped where it waits.
+        let silent = long(200_000).chain(stream::pending());
+        let waited = store.write(upload, 0, false, silent);
+        let waited = tokio::time::timeout(Duration::from_millis(200), waited).await;
+        assert!(waited.is_err());
+        place.pass(11 * MINUTE);
+        let sweep = store.sweep().await.unwrap();
+        assert_eq!(sweep.abandoned, 1);
+        place.pass(6 * MINUTE);
+        store.sweep().await.unwrap();
+        assert_eq!(place.count(), 0, "{}", place.name);
+        put(&store, "a", "again").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reservation_that_nobody_uses_is_given_up_and_one_in_use_is_not() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        let idle = store.reserve(name("idle")).await.unwrap();
+        store.write(idle, 0, true, pieces(&["old"])).await.unwrap();
+        let busy = store.reserve(name("busy")).await.unwrap();
+        place.pass(9 * MINUTE);
+        store.write(busy, 0, false, pieces(&["a"])).await.unwrap();
+        assert!(store.reserve(name("idle")).await.is_err());
+        // One that sends for a long time is in use as well.
+        let slow = store.reserve(name("slow")).await.unwrap();
+        let slowly = stream::iter(0..30).map(|_| {
+            place.pass(MINUTE / 2);
+            Ok(Bytes::from_static(b"x"))
+        });
+        store.write(slow, 0, true, slowly).await.unwrap();
+        store.write(busy, 1, false, pieces(&["b"])).await.unwrap();
+        assert_eq!(store.sweep().await.unwrap().abandoned, 1, "{}", place.name);
+        store.commit(slow, 30).await.unwrap();
+        store.commit(busy, 2).await.unwrap();
+        let again = store.reserve(name("idle")).await.unwrap();
+        assert_ne!(again, idle);
+        let late = store.write(idle, 0, true, pieces(&["old"])).await;
+        assert!(matches!(late, Err(StoreError::NoSuchUpload)));
+        // Without a sweep, the next who wants the name takes it.
+        place.pass(11 * MINUTE);
+        assert_ne!(store.reserve(name("idle")).await.unwrap(), again);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_that_were_not_used_for_long_go_and_those_in_use_stay() {
+    let limits = Limits {
+        unused: Some(60 * MINUTE),
+        ..Limits::of_entries(LIMIT)
+    };
+    for place in Place::all(limits).await {
+        let store = place.open().await;
+        put(&store, "used", "1").await;
+        put(&store, "unused", "2").await;
+        place.pass(45 * MINUTE);
+        assert!(find(&store, "used").await.is_some());
+        place.pass(30 * MINUTE);
+        let sweep = store.sweep().await.unwrap();
+        assert_eq!(sweep.expired, 1, "{}", place.name);
+        assert!(find(&store, "unused").await.is_none());
+        assert_eq!(get(&store, "used").await.as_deref(), Some("1"));
+        // Its name is free, and its bytes go when nobody can be reading them any more.
+        put(&store, "unused", "3").await;
+        assert_eq!(place.count(), 3);
+        place.pass(6 * MINUTE);
+        assert_eq!(store.sweep().await.unwrap().deleted, 1);
+        assert_eq!(place.count(), 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_used_longest_ago_goes_first_when_there_is_too_much() {
+    let limits = Limits {
+        total: Some(1_000),
+        ..Limits::of_entries(LIMIT)
+    };
+    for place in Place::all(limits).await {
+        let store = place.open().await;
+        let content: &'static str = "x".repeat(100).leak();
+        let key = |number: u32| format!("{number:02}");
+        for number in 0..10 {
+            put(&store, &key(number), content).await;
+            place.pass(MINUTE);
+        }
+        assert_eq!(store.sweep().await.unwrap(), Sweep::default());
+        // The oldest was read since.
+        assert!(get(&store, "00").await.is_some());
+        place.pass(MINUTE);
+        put(&store, "10", content).await;
+        let evicted = store.sweep().await.unwrap().evicted;
+        // What is too much, and a twentieth ahead.
+        assert_eq!(evicted, 2, "{}", place.name);
+        let mut left = Vec::new();
+        for number in 0..11 {
+            if find(&store, &key(number)).await.is_some() {
+                left.push(number);
+            }
+        }
+        assert_eq!(left, [0, 3, 4, 5, 6, 7, 8, 9, 10]);
+        let totals = store.totals().await.unwrap();
+        assert_eq!((totals.entries, totals.bytes, totals.uploads), (9, 900, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_whose_blob_is_gone_or_cut_off_is_not_read_and_can_be_dropped() {
+    for place in Place::all(Limits::of_entries(LIMIT)).await {
+        let store = place.open().await;
+        let gone = put(&store, "gone", "content").await;
+        let large = store.reserve(name("large")).await.unwrap();
+        store.write(large, 0, true, long(300_000)).await.unwrap();
+        let large = store.commit(large, 300_000).await.unwrap();
+        let blobs: Vec<PathBuf> = std::fs::read_dir(&place.blobs)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        for blob in blobs {
+            match blob.is_dir() {
+                true => std::fs::remove_dir_all(blob).unwrap(),
+                false => std::fs::remove_file(blob).unwrap(),
+            }
+        }
+        assert_eq!(read(&store, gone.id, 0, 7).await, None, "{}", place.name);
+        assert_eq!(read(&store, large.id, 0, 300_000).await, None);
+        for entry in [gone, large] {
+            store.lost(entry.id).await;
+        }
+        assert!(find(&store, "gone").await.is_none());
+        put(&store, "gone", "again").await;
+        assert_eq!(get(&store, "gone").await.as_deref(), Some("again"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_services_on_one_storage_are_one_store() {
+    for name_of_place in ["PostgreSQL and a folder", "PostgreSQL and S3"] {
+        let place = Place::new(name_of_place, Limits::of_entries(LIMIT)).await;
+        let (one, two) = tokio::join!(place.open(), place.open());
+        // An upload may be reserved at one, written at both and committed at the other.
+        let upload = one.reserve(name("a")).await.unwrap();
+        assert!(two.reserve(name("a")).await.is_err());
+        one.write_block(upload, "1", pieces(&["one "]))
+            .await
+            .unwrap();
+        two.write_block(upload, "2", pieces(&["two"]))
+            .await
+            .unwrap();
+        let list = vec!["1".to_owned(), "2".to_owned()];
+        one.join_blocks(upload, list).await.unwrap();
+        two.commit(upload, 7).await.unwrap();
+        for store in [&one, &two] {
+            assert_eq!(get(store, "a").await.as_deref(), Some("one two"));
+            assert!(store.reserve(name("a")).await.is_err());
+        }
+        // URLs of one are good at the other.
+        let purpose = sccache_action::service::auth::Purpose::Download;
+        let query = one.signer().query(purpose, 7, 100);
+        let (_, signature) = query.split_once("sig=").unwrap();
+        assert!(two.signer().is_valid(purpose, 7, 100, signature, 99));
+        // Both sweep at once, and evict no more for it.
+        for key in 0..20 {
+            put(&one, &format!("k{key}"), "0123456789").await;
+        }
+        let (first, second) = tokio::join!(one.sweep(), two.sweep());
+        assert_eq!((first.unwrap(), second.unwrap()), Default::default());
+    }
+}
+
+#[tokio::test]
+async fn a_folder_serves_one_service_at_a_time() {
+    let place = Place::new("SQLite and a folder", Limits::of_entries(LIMIT)).await;
+    let store = place.open().await;
+    let clock = sccache_action::service::entries::system_clock();
+    let second = EntryStore::open(&place.storage, clock).await;
+    assert!(matches!(second, Err(OpenError::InUse(_))));
+    drop(store);
+    place.open().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bucket_that_cannot_be_used_is_known_at_the_start() {
+    let mut place = Place::new("SQLite and S3", Limits::of_entries(LIMIT)).await;
+    if let Location::Bucket(bucket) = &mut place.storage.blobs {
+        bucket.credentials.as_mut().unwrap().secret_key = "wrong".to_owned();
+    }
+    let clock = sccache_action::service::entries::system_clock();
+    let error = EntryStore::open(&place.storage, clock).await.unwrap_err();
+    assert!(matches!(error, OpenError::Blobs(_)), "{error}");
+    assert!(!error.to_string().contains("wrong"), "{error}");
+}
+
+/// The definition of a look-up, spelt out: scope by scope, key by key, the very key or else the
+/// newest that begins with it.
+fn defined<'a>(entries: &'a BTreeMap<(String, String), u64>, asked: &[String]) -> Option<&'a u64> {
+    ["s", "t"].iter().find_map(|scope| {
+        let mine = || {
+            entries
+                .iter()
+                .filter(|((in_scope, _), _)| in_scope == scope)
+        };
+        asked.iter().find_map(|key| {
+            let exact = mine().find(|((_, known), _)| known == key);
+            let newest = || {
+                mine()
+                    .filter(|((_, known), _)| known.starts_with(key.as_str()))
+                    .max_by_key(|(_, id)| **id)
+            };
+            exact.or_else(newest).map(|(_, id)| id)
+        })
+    })
+}
+
+#[test]
+fn a_look_up_finds_what_the_definition_says() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let places = ["SQLite and a folder", "PostgreSQL and a folder"].map(|name| {
+        let limits = Limits::of_entries(LIMIT);
+        let place = runtime.block_on(Place::new(name, limits));
+        let store = runtime.block_on(place.open());
+        (place, store)
+    });
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    // Letters that languages order otherwise than bytes do, what LIKE and globs take for patterns,
+    // and the ends of the ranges of code points.
+    let key = "[abAÉé_%*\u{d7ff}\u{e000}\u{10ffff}]{1,4}";
+    let keys = prop::collection::vec((prop::bool::ANY, key), 1..12);
+    let asked = prop::collection::vec("[abAÉé_%*\u{d7ff}\u{e000}\u{10ffff}]{1,2}", 1..4);
+    let version = AtomicU64::new(0);
+    runner
+        .run(&(keys, asked), |(keys, asked)| {
+            for (_, store) in &places {
+                let version = version.fetch_add(1, Ordering::Relaxed).to_string();
+                let mut entries = BTreeMap::new();
+                for (in_s, key) in &keys {
+                    let scope = if *in_s { "s" } else { "t" };
+                    let name = EntryName {
+                        scope: scope.into(),
+                        version: version.clone(),
+                        key: key.clone(),
+                    };
+                    let id = runtime.block_on(async {
+                        let upload = store.reserve(name).await.ok()?;
+                        Some(store.commit(upload, 0).await.unwrap().id)
+                    });
+                    if let Some(id) = id {
+                        entries.insert((scope.to_owned(), key.clone()), id);
+                    }
+                }
+                let texts: Vec<&str> = asked.iter().map(String::as_str).collect();
+                let scopes: [Scope; 2] = ["s".into(), "t".into()];
+                let query = Query {
+                    scopes: &scopes,
+                    version: &version,
+                    keys: &texts,
+                };
+                let found = runtime.block_on(store.find(&query)).map(|entry| entry.id);
+                prop_assert_eq!(found.as_ref(), defined(&entries, &asked));
+            }
+            Ok(())
+        })
+        .unwrap();
+}
