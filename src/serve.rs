@@ -336,7 +336,7 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
     if let Some(token) = token {
         println!("ACTIONS_RUNTIME_TOKEN={}", token.reveal());
     }
-    info!(url = running.url(), "listening");
+    info!("listening at {}", running.address());
     tokio::select! {
         ended = running.ended() => ended?,
         () = stop => {

@@ -377,6 +377,11 @@ impl Running {
         }
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.shared.address
+    }
+
     /// What was asked of it so far.
     pub fn counters(&self) -> Snapshot {
         self.shared.counters()
