@@ -134,7 +134,9 @@ pub async fn run_all(target: &Target) {
         let only = only.as_deref();
         only.is_none_or(|only| only.split_whitespace().any(|one| one == behaviour.number))
     };
-    let failed: Vec<String> = stream::iter(BEHAVIOURS.iter().filter(wanted))
+    let wanted: Vec<&Behaviour> = BEHAVIOURS.iter().filter(wanted).collect();
+    assert!(!wanted.is_empty(), "{ONLY} names no behaviour");
+    let failed: Vec<String> = stream::iter(wanted)
         .map(|behaviour| check(behaviour, target))
         .buffer_unordered(AT_ONCE)
         .filter_map(std::future::ready)

@@ -28,11 +28,9 @@ pub fn sccache(version: &str) -> PathBuf {
 }
 
 /// The newest release of `@actions/cache` that there is.
-#[allow(dead_code)]
 pub const ACTIONS_CACHE: &str = "6.3.0";
 
 /// The folder with the `node_modules/@actions/cache` of this release.
-#[allow(dead_code)]
 pub fn actions_cache(release: &str) -> PathBuf {
     found(folder().join(format!("actions-cache-{release}")))
 }
