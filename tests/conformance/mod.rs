@@ -153,8 +153,9 @@ pub async fn run_all(target: &Target) {
 /// Why `target` fails the check, if it does.
 async fn check(behaviour: &Behaviour, target: &Target) -> Option<String> {
     let Behaviour { number, test, .. } = behaviour;
-    // `println!` would be captured.
-    let say = |what: String| writeln!(io::stderr(), "{number} {test}: {what}").unwrap();
+    // What a macro prints would be captured.
+    let mut output = io::stderr();
+    let mut say = |what: String| writeln!(output, "{number} {test}: {what}").unwrap();
     if let Some(who) = behaviour.needs.iter().find(|who| !target.has(**who)) {
         say(format!("skipped, {} is not set", who.variable()));
         return None;

@@ -260,7 +260,6 @@ impl<'a> Cache<'a> {
     }
 
     pub fn with_token(&self, token: &'a str) -> Self {
-        let token = token;
         Self {
             token,
             ..self.clone()

@@ -155,7 +155,7 @@ pub async fn speaks_version_2(target: &Target) {
 }
 
 pub async fn speaks_version_1(target: &Target) {
-    for (release, protocol) in [(NEW, GHES), (OLD, GHES), (OLD, VERSION_1)] {
+    for (release, protocol) in [(NEW, GHES), (OLD, VERSION_1)] {
         saves_and_restores(target, release, protocol).await;
     }
 }
