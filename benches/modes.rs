@@ -110,7 +110,7 @@ fn main() {
     use_the_shipped_binary();
     // Before anything is measured that would be in vain.
     let sccache = tools::sccache(&options.sccache);
-    tools::npm();
+    tools::actions_cache(tools::ACTIONS_CACHE);
     if options.c_files > 0 {
         let files = options.c_files;
         measure(&options, &sccache, Project::C { files });

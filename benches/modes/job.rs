@@ -269,7 +269,9 @@ fn toolkit(job: &Job, post: bool, arguments: [&str; 3]) -> String {
         env!("CARGO_MANIFEST_DIR"),
         "/tests/support/actions_cache.mjs"
     );
-    let modules = tools::npm().display().to_string();
+    let modules = tools::actions_cache(tools::ACTIONS_CACHE)
+        .display()
+        .to_string();
     let command = [&["node", script, &modules], arguments.as_slice()].concat();
     let step = job.action_step(post, &command).green();
     format!("{}{}", step.stdout, step.stderr)

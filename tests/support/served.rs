@@ -75,9 +75,9 @@ impl Served {
                 ("ACTIONS_RUNTIME_TOKEN", token) => token.clone_into(&mut served.token),
                 _ => {}
             }
-            let has_gate = arguments.iter().any(|argument| {
-                argument.contains("token") || argument.contains("forgejo")
-            });
+            let has_gate = arguments
+                .iter()
+                .any(|argument| argument.contains("token") || argument.contains("forgejo"));
             if line.starts_with("ACTIONS_CACHE_URL=") && has_gate || !served.token.is_empty() {
                 return Ok(served);
             }

@@ -27,9 +27,12 @@ pub fn sccache(version: &str) -> PathBuf {
     found(folder().join(format!("sccache-{version}")).join(binary))
 }
 
-/// The folder with `node_modules/@actions/cache`.
-pub fn npm() -> PathBuf {
-    found(folder().join("npm"))
+/// The newest release of `@actions/cache` that there is.
+pub const ACTIONS_CACHE: &str = "6.3.0";
+
+/// The folder with the `node_modules/@actions/cache` of this release.
+pub fn actions_cache(release: &str) -> PathBuf {
+    found(folder().join(format!("actions-cache-{release}")))
 }
 
 /// The server that speaks S3.
