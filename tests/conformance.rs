@@ -7,12 +7,92 @@
 
 #[path = "conformance/mod.rs"]
 mod conformance;
+#[path = "support/postgres.rs"]
+mod postgres;
+#[path = "support/s3.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod s3;
+#[path = "support/served.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod served;
 
-use conformance::{BEHAVIOURS, Target};
+use std::collections::HashMap;
+use std::path::Path;
+
+use conformance::{BEHAVIOURS, Target, Who};
+use postgres::Postgres;
+use s3::S3;
+use served::Served;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_service_has_all_its_behaviours() {
     conformance::run_all(&Target::from_environment().await).await;
+}
+
+/// A file of tokens for everybody whom the suite needs.
+fn write_tokens(file: &Path) -> HashMap<Who, String> {
+    let scopes = [
+        (Who::Default, "write: refs/heads/main"),
+        (
+            Who::Base,
+            "write: refs/heads/release\n  read: [refs/heads/main]",
+        ),
+        (
+            Who::PullRequest,
+            "write: refs/pull/1/merge\n  read: [refs/heads/release, refs/heads/main]",
+        ),
+        (Who::ReadOnly, "read: [refs/heads/main]"),
+    ];
+    let lines = scopes.map(|(who, scopes)| format!("- token: {who:?}-token\n  {scopes}\n"));
+    std::fs::write(file, lines.concat()).unwrap();
+    let tokens = scopes.map(|(who, _)| (who, format!("{who:?}-token")));
+    tokens.into_iter().collect()
+}
+
+/// Services on `database` and a bucket, each a process, and what to do to each of them.
+async fn replicas_have_all_behaviours(count: usize, database: Option<&str>) {
+    let bucket = S3::start(&conformance::tools::s3());
+    let folders: Vec<tempfile::TempDir> =
+        (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
+    let file = folders[0].path().join("tokens.yaml");
+    let tokens = write_tokens(&file);
+    let mut arguments = vec![
+        "--token-file",
+        file.to_str().unwrap(),
+        "--blobs",
+        "s3://bucket/cache",
+        "--s3-endpoint",
+        &bucket.url,
+        "--s3-region",
+        "us-east-1",
+    ];
+    arguments.extend(database.iter().flat_map(|url| ["--database", url]));
+    let environment = [
+        ("AWS_ACCESS_KEY_ID", s3::ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", s3::SECRET_KEY),
+    ];
+    let services: Vec<Served> = folders
+        .iter()
+        .map(|folder| Served::with_environment(folder.path(), &arguments, &environment))
+        .collect();
+    let urls = services.iter().map(|service| service.url.clone());
+    conformance::run_all(&Target::new(urls.collect(), tokens)).await;
+    for service in services {
+        let log = service.log();
+        assert!(!log.contains("ERROR"), "{log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_with_its_blobs_in_a_bucket_has_all_its_behaviours() {
+    replicas_have_all_behaviours(1, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_services_on_one_database_and_one_bucket_have_all_behaviours_of_one() {
+    let postgres = Postgres::shared();
+    let database = postgres.new_database().await;
+    replicas_have_all_behaviours(2, Some(&database)).await;
 }
 
 #[test]

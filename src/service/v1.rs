@@ -7,12 +7,13 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::extract::{Path, Query as UrlQuery, State};
 use axum::http::header::CONTENT_RANGE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures_util::TryStreamExt;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::service::Shared;
@@ -20,6 +21,9 @@ use crate::service::auth::{Access, Purpose};
 use crate::service::store::{
     EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
 };
+
+/// The longest request without content, in bytes.
+const REQUEST_LIMIT: usize = 64 * 1024;
 
 /// An error in the form that the toolkit shows to its user.
 #[derive(Debug, Serialize)]
@@ -50,8 +54,9 @@ impl From<StoreError> for Refusal {
         let status = match error {
             StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
             StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
-            StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            StoreError::SizeMismatch { .. }
+            // 400 is the only status of which `@actions/cache` shows the message (`reserveCache`).
+            StoreError::TooLarge { .. }
+            | StoreError::SizeMismatch { .. }
             | StoreError::NoSuchBlock
             | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
             StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
@@ -81,6 +86,18 @@ async fn writable<S: Store>(shared: &Shared<S>, headers: &HeaderMap) -> Result<S
     };
     let access = access(shared, headers).await?;
     access.write.clone().ok_or_else(denied)
+}
+
+/// What a request asks for, in JSON whatever it calls itself.
+async fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
+    let malformed = |error: &dyn std::fmt::Display| {
+        let message = format!("the request cannot be read: {error}");
+        Refusal::new(StatusCode::BAD_REQUEST, message)
+    };
+    let body = to_bytes(body, REQUEST_LIMIT)
+        .await
+        .map_err(|error| malformed(&error))?;
+    serde_json::from_slice(&body).map_err(|error| malformed(&error))
 }
 
 #[derive(Deserialize)]
@@ -159,19 +176,20 @@ struct Reserved {
 pub(super) async fn reserve<S: Store>(
     State(shared): State<Arc<Shared<S>>>,
     headers: HeaderMap,
-    Json(request): Json<ReserveRequest>,
+    body: Body,
 ) -> Response {
-    reserve_upload(&shared, request, &headers)
+    reserve_upload(&shared, &headers, body)
         .await
         .unwrap_or_else(IntoResponse::into_response)
 }
 
 async fn reserve_upload<S: Store>(
     shared: &Shared<S>,
-    request: ReserveRequest,
     headers: &HeaderMap,
+    body: Body,
 ) -> Result<Response, Refusal> {
     let scope = writable(shared, headers).await?;
+    let request: ReserveRequest = json(body).await?;
     shared.counters.reservations.one();
     check_keys([request.key.as_str()])
         .and_then(|()| check_version(&request.version))
@@ -275,9 +293,9 @@ pub(super) async fn commit<S: Store>(
     State(shared): State<Arc<Shared<S>>>,
     Path(id): Path<u64>,
     headers: HeaderMap,
-    Json(request): Json<CommitRequest>,
+    body: Body,
 ) -> Response {
-    commit_upload(&shared, id, request.size, &headers)
+    commit_upload(&shared, id, &headers, body)
         .await
         .unwrap_or_else(IntoResponse::into_response)
 }
@@ -285,10 +303,11 @@ pub(super) async fn commit<S: Store>(
 async fn commit_upload<S: Store>(
     shared: &Shared<S>,
     id: u64,
-    size: u64,
     headers: &HeaderMap,
+    body: Body,
 ) -> Result<Response, Refusal> {
     own_upload(shared, id, headers).await?;
+    let CommitRequest { size } = json(body).await?;
     shared.store.commit(id, size).await?;
     shared.counters.commits.one();
     Ok(StatusCode::NO_CONTENT.into_response())

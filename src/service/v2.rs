@@ -31,6 +31,8 @@ const REQUEST_LIMIT: usize = 256 * 1024;
 
 const PROTOBUF: &str = "application/protobuf";
 
+const WRITE_DENIED: &str = "permission_denied";
+
 #[derive(Clone, PartialEq, Message, Deserialize)]
 struct CreateRequest {
     #[prost(string, tag = "2")]
@@ -47,6 +49,9 @@ struct CreateResponse {
     ok: bool,
     #[prost(string, tag = "2")]
     signed_upload_url: String,
+    #[prost(string, tag = "3")]
+    #[serde(skip_serializing_if = "String::is_empty")]
+    message: String,
 }
 
 #[derive(Clone, PartialEq, Message, Deserialize)]
@@ -69,6 +74,9 @@ struct FinalizeResponse {
     #[prost(int64, tag = "2")]
     #[serde(serialize_with = "as_text")]
     entry_id: i64,
+    #[prost(string, tag = "3")]
+    #[serde(skip_serializing_if = "String::is_empty")]
+    message: String,
 }
 
 #[derive(Clone, PartialEq, Message, Deserialize)]
@@ -129,6 +137,16 @@ impl TwirpError {
             status,
             code,
             msg: message.to_string(),
+        }
+    }
+
+    /// What the answer to a refused write says of it. `@actions/cache`, which speaks JSON, tells its
+    /// user of a refusal only where the answer is one that is not `ok` (`saveCacheV2`); sccache,
+    /// which speaks protobuf, where the status says so.
+    fn as_message(self, encoding: Encoding) -> Result<String, Self> {
+        match (encoding, self.code) {
+            (Encoding::Json, WRITE_DENIED) => Ok(self.msg),
+            _ => Err(self),
         }
     }
 
@@ -254,12 +272,26 @@ async fn answer<S: Store>(
     match method {
         "CreateCacheEntry" => {
             let request = encoding.decode(&body)?;
-            let answer = create(shared, &access, request, headers).await?;
+            let answer = create(shared, &access, request, headers).await;
+            let answer = answer.or_else(|error| {
+                let message = error.as_message(encoding)?;
+                Ok::<_, TwirpError>(CreateResponse {
+                    message,
+                    ..CreateResponse::default()
+                })
+            })?;
             Ok(encoding.encode(&answer))
         }
         "FinalizeCacheEntryUpload" => {
             let request = encoding.decode(&body)?;
-            let answer = finalize(shared, &access, request).await?;
+            let answer = finalize(shared, &access, request).await;
+            let answer = answer.or_else(|error| {
+                let message = error.as_message(encoding)?;
+                Ok::<_, TwirpError>(FinalizeResponse {
+                    message,
+                    ..FinalizeResponse::default()
+                })
+            })?;
             Ok(encoding.encode(&answer))
         }
         "GetCacheEntryDownloadURL" => {
@@ -280,7 +312,7 @@ fn writable(access: &Access) -> Result<Scope, TwirpError> {
         // `@actions/cache` recognises a refused write by how the message begins.
         TwirpError::new(
             StatusCode::FORBIDDEN,
-            "permission_denied",
+            WRITE_DENIED,
             "cache write denied: the token may only read",
         )
     })
@@ -316,6 +348,7 @@ async fn create<S: Store>(
     Ok(CreateResponse {
         ok: true,
         signed_upload_url: shared.content_url(Purpose::Upload, upload, headers),
+        message: String::new(),
     })
 }
 
@@ -333,6 +366,7 @@ async fn finalize<S: Store>(
     Ok(FinalizeResponse {
         ok: true,
         entry_id: i64::try_from(entry.id).unwrap_or(i64::MAX),
+        message: String::new(),
     })
 }
 

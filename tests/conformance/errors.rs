@@ -46,13 +46,18 @@ pub async fn twirp_has_its_codes(target: &Target) {
 pub async fn version_1_has_a_message(target: &Target) {
     let cache = target.cache();
     cache.reserve_v1("k").await;
+    let post = |body: &'static str| {
+        let request = cache.v1(Method::POST, "caches");
+        send(request.header("content-type", JSON).body(body))
+    };
     for (refused, status) in [
         (cache.look_up_v1(&[""]).await, 400),
         (cache.create_v1("a,b", None).await, 400),
         (cache.with_token("wrong").create_v1("k", None).await, 401),
         (cache.commit((1 << 53) - 1, 0).await, 404),
         (cache.create_v1("k", None).await, 409),
-        (cache.create_v1("l", Some(u64::MAX)).await, 413),
+        (cache.create_v1("l", Some(u64::MAX)).await, 400),
+        (post("{").await, 400),
     ] {
         let refused = refused.expect(status);
         assert_eq!(refused.header("content-type"), JSON);

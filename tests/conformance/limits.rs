@@ -43,10 +43,10 @@ const LIMIT: u64 = 10 << 30;
 pub async fn an_entry_has_up_to_10_gib(target: &Target) {
     let cache = target.cache();
     cache.create_v1("one", Some(LIMIT)).await.expect(201);
-    cache.create_v1("large", Some(LIMIT + 1)).await.expect(413);
+    cache.create_v1("large", Some(LIMIT + 1)).await.expect(400);
     let upload = cache.reserve_v1("large").await;
     let range = format!("bytes {LIMIT}-{LIMIT}/*");
-    cache.patch(upload, &range, "x").await.expect(413);
+    cache.patch(upload, &range, "x").await.expect(400);
     // Ten thousand times the same block.
     let url = cache.reserve("two").await;
     let block = url.clone() + "&comp=block&blockid=YQ%3D%3D";

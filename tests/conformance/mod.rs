@@ -12,7 +12,8 @@ mod scopes;
 mod target;
 mod toolkit;
 #[path = "../support/tools.rs"]
-mod tools;
+#[allow(dead_code, reason = "each test uses its part")]
+pub mod tools;
 mod upload_v1;
 mod upload_v2;
 

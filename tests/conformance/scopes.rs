@@ -1,8 +1,9 @@
 //! What refs see of each other, and what a token allows.
 
+use reqwest::Method;
 use serde_json::json;
 
-use super::target::{Target, Who};
+use super::target::{Target, V2, Who, send};
 
 pub async fn a_pull_request_reads_its_base_and_the_default_branch(target: &Target) {
     let main = target.cache();
@@ -51,9 +52,16 @@ pub async fn a_reader_is_told_that_it_cannot_write(target: &Target) {
     // Clients know this refusal by how it begins.
     let denied = "cache write denied:";
     for refused in [reader.create("new").await, reader.finalize("two", 0).await] {
-        assert_eq!(refused.error(), (403, "permission_denied".to_owned()));
-        assert!(refused.json()["msg"].as_str().unwrap().starts_with(denied));
+        let refused = refused.expect(200).json();
+        assert_eq!(refused["ok"], false);
+        assert!(refused["message"].as_str().unwrap().starts_with(denied));
     }
+    // The same in protobuf: the key `new` and a version.
+    let create = target.request(Method::POST, &format!("{V2}/CreateCacheEntry"));
+    let create = create.header("content-type", "application/protobuf");
+    let create = create.bearer_auth(target.token(Who::ReadOnly));
+    let refused = send(create.body(&b"\x12\x03new\x1a\x01v"[..])).await;
+    assert_eq!(refused.error(), (403, "permission_denied".to_owned()));
     for refused in [
         reader.create_v1("new", None).await,
         reader.patch(upload, "bytes 0-0/*", "x").await,

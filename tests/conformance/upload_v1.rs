@@ -18,6 +18,10 @@ pub async fn pieces_come_in_any_order_and_at_once(target: &Target) {
     }
     cache.commit(upload, 11).await.expect(204);
     assert_eq!(cache.load("k").await, "onetwothree");
+    // A piece that is missing is not made up for with zeros.
+    let upload = cache.reserve_v1("gap").await;
+    cache.patch(upload, "bytes 3-5/*", "two").await.expect(204);
+    cache.commit(upload, 6).await.expect(400);
 }
 
 pub async fn a_piece_may_be_sent_again(target: &Target) {

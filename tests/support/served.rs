@@ -91,6 +91,18 @@ impl Served {
         self.child.id()
     }
 
+    /// Where it listens, as its log has it.
+    pub fn address(&self) -> String {
+        loop {
+            let log = self.log();
+            let line = log.split_once("listening at ").map(|(_, rest)| rest);
+            if let Some((address, _)) = line.and_then(|rest| rest.split_once('\n')) {
+                return address.to_owned();
+            }
+            std::thread::yield_now();
+        }
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
