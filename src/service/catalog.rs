@@ -758,7 +758,8 @@ async fn prepare(pool: &AnyPool, schema: &[String]) -> Result<(), sqlx::Error> {
             Err(sqlx::Error::Database(error))
                 if error.is_unique_violation()
                     || matches!(error.code().as_deref(), Some("42P07" | "42710")) => {}
-            done => drop(done?),
+            Err(error) => return Err(error),
+            Ok(_) => {}
         }
     }
     Ok(())

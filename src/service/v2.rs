@@ -143,7 +143,7 @@ impl TwirpError {
     /// What the answer to a refused write says of it. `@actions/cache`, which speaks JSON, tells its
     /// user of a refusal only where the answer is one that is not `ok` (`saveCacheV2`); sccache,
     /// which speaks protobuf, where the status says so.
-    fn as_message(self, encoding: Encoding) -> Result<String, Self> {
+    fn into_message(self, encoding: Encoding) -> Result<String, Self> {
         match (encoding, self.code) {
             (Encoding::Json, WRITE_DENIED) => Ok(self.msg),
             _ => Err(self),
@@ -274,7 +274,7 @@ async fn answer<S: Store>(
             let request = encoding.decode(&body)?;
             let answer = create(shared, &access, request, headers).await;
             let answer = answer.or_else(|error| {
-                let message = error.as_message(encoding)?;
+                let message = error.into_message(encoding)?;
                 Ok::<_, TwirpError>(CreateResponse {
                     message,
                     ..CreateResponse::default()
@@ -286,7 +286,7 @@ async fn answer<S: Store>(
             let request = encoding.decode(&body)?;
             let answer = finalize(shared, &access, request).await;
             let answer = answer.or_else(|error| {
-                let message = error.as_message(encoding)?;
+                let message = error.into_message(encoding)?;
                 Ok::<_, TwirpError>(FinalizeResponse {
                     message,
                     ..FinalizeResponse::default()

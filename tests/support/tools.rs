@@ -36,6 +36,7 @@ pub fn actions_cache(release: &str) -> PathBuf {
 }
 
 /// The server that speaks S3.
+#[allow(dead_code, reason = "each test uses its part")]
 pub fn s3() -> PathBuf {
     found(folder().join("s3s-fs-0.14.1/bin/s3s-fs"))
 }
