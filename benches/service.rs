@@ -98,9 +98,9 @@ enum Section {
 /// How many blocks or ranges of a large entry are under way at once, as `@actions/cache` has it.
 const PARALLEL: usize = 4;
 
-/// How much disk the large entry needs, in entries: one of nginx's, one of ours, and one more of
-/// ours, while blocks are put together or in one piece.
-const COPIES: f64 = 3.1;
+/// How much disk the large entry needs, in entries: one of nginx's, one of ours, one more of ours
+/// while blocks are put together or in one piece, and before that one to touch memory.
+const COPIES: f64 = 3.2;
 
 /// How many bytes a client receives at once: of small entries, and of large ones.
 const BUFFERS: [usize; 2] = [16 << 10, 256 << 10];
@@ -400,6 +400,7 @@ impl Bench {
         let largest = work.contents.iter().map(|content| content.size).max();
         let limit = Duration::from_secs(60 + largest.unwrap_or(0) / 10_000_000);
         limits::settle(self.folder.path());
+        limits::touch_memory(self.folder.path(), work.written());
         server.reset_peak();
 
         let before = server.usage();

@@ -52,3 +52,18 @@ pub fn settle(folder: &Path) {
     let status = Command::new("sync").arg("-f").arg(folder).status();
     assert!(status.unwrap().success(), "sync failed");
 }
+
+/// Has the system hold memory for a file of `bytes` in `folder`. A virtual machine may have given
+/// free memory back to its host, and whoever writes to it first pays for having it again, many times
+/// what the writing costs.
+pub fn touch_memory(folder: &Path, bytes: u64) {
+    let path = folder.join("touched");
+    let mut file = fs::File::create(&path).unwrap();
+    let zeros = std::io::Read::take(std::io::repeat(0), bytes);
+    std::io::copy(
+        &mut std::io::BufReader::with_capacity(1 << 20, zeros),
+        &mut file,
+    )
+    .unwrap();
+    fs::remove_file(path).unwrap();
+}

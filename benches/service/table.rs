@@ -114,11 +114,11 @@ impl Table {
             let ratio = ratio.map(|base| format!("{:.2}", base.elapsed.as_secs_f64() / seconds));
             let milliseconds = |part| row.quantile(part).as_secs_f64() * 1e3;
             lines.push(format!(
-                "| {} | {} | {seconds:.2} | {:.0} | {:.0} | {:.0} | {:.1} | {:.1} | {:.2} | {:.2} | {:.1} | {} | {} |",
+                "| {} | {} | {seconds:.2} | {} | {} | {:.0} | {:.1} | {:.1} | {:.2} | {:.2} | {:.1} | {} | {} |",
                 row.phase,
                 row.server,
-                row.count as f64 / seconds,
-                row.requests as f64 / seconds,
+                rate(row.count as f64 / seconds),
+                rate(row.requests as f64 / seconds),
                 row.bytes as f64 / seconds / 1e6,
                 milliseconds(0.5),
                 milliseconds(0.99),
@@ -130,5 +130,13 @@ impl Table {
             ));
         }
         lines.join("\n")
+    }
+}
+
+/// A number with as many digits as say something.
+fn rate(value: f64) -> String {
+    match value {
+        10.0.. => format!("{value:.0}"),
+        _ => format!("{value:.1}"),
     }
 }

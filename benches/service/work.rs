@@ -268,6 +268,16 @@ impl Work {
         )
     }
 
+    /// How many bytes the server writes when each entry has its turn.
+    pub fn written(&self) -> u64 {
+        match self.task {
+            Task::Write | Task::PutBlock(_) | Task::Join(_) => {
+                self.contents.iter().map(|content| content.size).sum()
+            }
+            Task::Read | Task::Get(_) | Task::GetRange(_) => 0,
+        }
+    }
+
     /// Does it for the `i`th time, and gives the number of requests and of bytes of content.
     pub async fn run(&self, connection: &mut Connection, i: usize) -> Result<(u64, u64), Failure> {
         let i = match self.task {
