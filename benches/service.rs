@@ -102,6 +102,9 @@ const PARALLEL: usize = 4;
 /// while blocks are put together or in one piece, and before that one to touch memory.
 const COPIES: f64 = 3.2;
 
+/// How many bytes of memory are touched for what the system keeps of connections.
+const SOCKETS: u64 = 256 << 20;
+
 /// How many bytes a client receives at once: of small entries, and of large ones.
 const BUFFERS: [usize; 2] = [16 << 10, 256 << 10];
 
@@ -400,7 +403,7 @@ impl Bench {
         let largest = work.contents.iter().map(|content| content.size).max();
         let limit = Duration::from_secs(60 + largest.unwrap_or(0) / 10_000_000);
         limits::settle(self.folder.path());
-        limits::touch_memory(self.folder.path(), work.written());
+        limits::touch_memory(self.folder.path(), work.written() + SOCKETS);
         server.reset_peak();
 
         let before = server.usage();
