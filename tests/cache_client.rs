@@ -64,7 +64,7 @@ async fn embedded(folder: &Path, may_write: bool) -> Running {
         access.write = None;
     }
     let tokens = Tokens::default().with(&BearerToken::new(TOKEN), access);
-    let config = Config::on_loopback(folder.to_owned(), tokens);
+    let config = Config::on_loopback(folder, tokens);
     service::start(config).await.unwrap()
 }
 
@@ -291,7 +291,7 @@ async fn a_token_that_the_service_does_not_know_is_denied() {
     for protocol in BOTH {
         let folder = tempfile::tempdir().unwrap();
         let tokens = service::single_token("main").unwrap().1;
-        let config = Config::on_loopback(folder.path().to_owned(), tokens);
+        let config = Config::on_loopback(folder.path(), tokens);
         let service = service::start(config).await.unwrap();
         let client = client(&service.url(), protocol);
         for error in [
@@ -320,7 +320,7 @@ async fn what_the_service_no_longer_knows_is_gone() {
         service.shutdown().await.unwrap();
         let other = tempfile::tempdir().unwrap();
         let tokens = Tokens::default().with(&BearerToken::new(TOKEN), Access::to("main".into()));
-        let mut config = Config::on_loopback(other.path().to_owned(), tokens);
+        let mut config = Config::on_loopback(other.path(), tokens);
         let url: reqwest::Url = address.parse().unwrap();
         config.address.set_port(url.port().unwrap());
         let _service = service::start(config).await.unwrap();

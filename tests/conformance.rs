@@ -3,7 +3,7 @@
 //! Drives the service that `SCCACHE_ACTION_CONFORMANCE_URL` and `SCCACHE_ACTION_CONFORMANCE_TOKEN`
 //! name, or else one in this process.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "conformance/mod.rs"]
 mod conformance;

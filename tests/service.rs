@@ -22,7 +22,7 @@ use target::{Target, Who, noise};
 /// A service on a store in this folder.
 async fn start(folder: &Path) -> (Running, Target) {
     let (token, tokens) = service::single_token("refs/heads/main").unwrap();
-    let config = Config::on_loopback(folder.to_owned(), tokens);
+    let config = Config::on_loopback(folder, tokens);
     let running = service::start(config).await.unwrap();
     let target = at(&running, &token);
     (running, target)
@@ -158,7 +158,7 @@ async fn a_folder_that_is_in_use_is_named() {
     let store = tempfile::tempdir().unwrap();
     let (running, _target) = start(store.path()).await;
     let (_, tokens) = service::single_token("s").unwrap();
-    let config = Config::on_loopback(store.path().to_owned(), tokens);
+    let config = Config::on_loopback(store.path(), tokens);
     let error = service::start(config).await.unwrap_err().to_string();
     let folder = store.path().display().to_string();
     assert!(error.contains(&folder), "{error}");

@@ -131,7 +131,7 @@ fn pieces(pieces: &[&'static str]) -> impl Stream<Item = Piece> + Send + use<> {
 
 /// `size` bytes that are different in each place, in pieces as a connection has them.
 fn long(size: usize) -> impl Stream<Item = Piece> + Send {
-    let bytes: Bytes = (0..size).map(|at| (at * 31 >> 5) as u8).collect();
+    let bytes: Bytes = (0..size).map(|at| ((at * 31) >> 5) as u8).collect();
     let chunks: Vec<Piece> = (0..size)
         .step_by(50_000)
         .map(|at| Ok(bytes.slice(at..(at + 50_000).min(size))))

@@ -110,7 +110,7 @@ impl Target {
             tokens.1 = tokens.1.with(&token, Access { write, read });
         }
         let folder = tempfile::tempdir().unwrap();
-        let config = Config::on_loopback(folder.path().to_owned(), tokens.1);
+        let config = Config::on_loopback(folder.path(), tokens.1);
         let running = service::start(config).await.unwrap();
         let mut target = Self::new(vec![running.url()], tokens.0);
         target._own = Some((running, folder));

@@ -68,8 +68,8 @@ impl Served {
             logging: Some(logging),
         };
         // It says nothing after these lines; a token is the last of them, if there is one.
-        let mut lines = BufReader::new(stdout).lines().map(Result::unwrap);
-        while let Some(line) = lines.next() {
+        let lines = BufReader::new(stdout).lines().map(Result::unwrap);
+        for line in lines {
             match line.split_once('=').unwrap() {
                 ("ACTIONS_RESULTS_URL", url) => url.clone_into(&mut served.url),
                 ("ACTIONS_RUNTIME_TOKEN", token) => token.clone_into(&mut served.token),
