@@ -275,7 +275,10 @@ async fn a_pull_request_reads_the_default_branch_and_writes_its_own() {
     pull.save("a", b"pull").await;
     let own = pull.find("a").await.unwrap();
     assert_eq!(pull.download(&own).await.bytes().await.unwrap(), "pull");
-    assert_eq!(fork.reserve("c").await.status(), StatusCode::FORBIDDEN);
+    let refused = read(fork.reserve("c").await).await;
+    assert_eq!(refused["ok"], false);
+    let message = refused["message"].as_str().unwrap();
+    assert!(message.starts_with("cache write denied:"), "{message}");
     for (job, expected) in [(&main, false), (&pull, false), (&fork, true)] {
         let environment = Environment::from_iter([("ACTIONS_RUNTIME_TOKEN", &*job.token)]);
         assert_eq!(token_is_read_only(&environment), expected);
