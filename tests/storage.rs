@@ -258,6 +258,14 @@ async fn pieces_and_blocks_make_up_an_entry_of_which_any_part_is_read() {
         ));
         store.commit(upload, 5).await.unwrap();
         assert_eq!(get(&store, "pieces").await.as_deref(), Some("ABCde"));
+        // What comes as a whole counts, whatever came before.
+        let upload = store.reserve(name("whole")).await.unwrap();
+        store.join_blocks(upload, Vec::new()).await.unwrap();
+        for text in ["one", "two"] {
+            store.write(upload, 0, true, pieces(&[text])).await.unwrap();
+        }
+        store.commit(upload, 3).await.unwrap();
+        assert_eq!(get(&store, "whole").await.as_deref(), Some("two"));
         put(&store, "empty", "").await;
         assert_eq!(get(&store, "empty").await.as_deref(), Some(""));
     }

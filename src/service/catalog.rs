@@ -74,6 +74,19 @@ pub struct Totals {
     pub upload_bytes: u64,
 }
 
+/// A part that is about to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BegunPart {
+    /// The number of its blob.
+    pub blob: u64,
+    /// Whether its upload has no other so far, and no list of blocks.
+    pub is_first: bool,
+}
+
+/// A part of an upload that was committed or given up has no upload any more.
+const END_PART: &str = "UPDATE parts SET size = $2, used = $3 WHERE id = $1 \
+                        AND EXISTS (SELECT 1 FROM uploads WHERE id = parts.upload)";
+
 /// What one sweep of a kind took away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -233,6 +246,7 @@ impl Catalog {
         let mut transaction = self.write.begin().await?;
         let given_up = sqlx::query(
             "DELETE FROM uploads WHERE scope = $1 AND version = $2 AND key = $3 AND used < $4 \
+             AND NOT EXISTS (SELECT 1 FROM parts WHERE upload = uploads.id AND parts.used >= $4) \
              RETURNING id",
         )
         .bind(name.scope.0.to_string())
@@ -278,7 +292,7 @@ impl Catalog {
         Ok(entry_name(&row.ok_or(StoreError::NoSuchUpload)?)?)
     }
 
-    /// Notes that a part of `upload` is about to be written, and gives the number of its blob.
+    /// Notes that a part of `upload` is about to be written.
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] where there is none.
@@ -288,11 +302,14 @@ impl Catalog {
         block: Option<&str>,
         start: u64,
         now: u64,
-    ) -> Result<u64, StoreError> {
+    ) -> Result<BegunPart, StoreError> {
         let row = sqlx::query(
             "INSERT INTO parts (upload, block, start, used) \
              SELECT id, CAST($2 AS TEXT), CAST($3 AS BIGINT), CAST($4 AS BIGINT) \
-             FROM uploads WHERE id = $1 RETURNING id",
+             FROM uploads WHERE id = $1 RETURNING id, \
+             (SELECT COUNT(*) FROM parts AS others WHERE others.upload = $1 \
+             AND others.id < parts.id) + \
+             (SELECT COUNT(blocks) FROM uploads AS own WHERE own.id = $1) AS others",
         )
         .bind(number(upload))
         .bind(block)
@@ -300,69 +317,75 @@ impl Catalog {
         .bind(number(now))
         .fetch_optional(&self.write)
         .await?;
-        Ok(unsigned(&row.ok_or(StoreError::NoSuchUpload)?, "id")?)
+        let row = row.ok_or(StoreError::NoSuchUpload)?;
+        Ok(BegunPart {
+            blob: unsigned(&row, "id")?,
+            is_first: unsigned(&row, "others")? == 0,
+        })
     }
 
     /// Notes that a part is still being written at `now`: neither it nor its upload is abandoned.
     ///
     /// # Errors
     /// The database's.
-    pub async fn still_writing(&self, upload: u64, blob: u64, now: u64) -> Result<(), StoreError> {
-        for (statement, id) in [
-            ("UPDATE parts SET used = $2 WHERE id = $1", blob),
-            ("UPDATE uploads SET used = $2 WHERE id = $1", upload),
-        ] {
-            sqlx::query(statement)
-                .bind(number(id))
-                .bind(number(now))
-                .execute(&self.write)
-                .await?;
-        }
+    pub async fn still_writing(&self, blob: u64, now: u64) -> Result<(), StoreError> {
+        sqlx::query("UPDATE parts SET used = $2 WHERE id = $1")
+            .bind(number(blob))
+            .bind(number(now))
+            .execute(&self.write)
+            .await?;
         Ok(())
     }
 
-    /// Notes that a part is written and has `size` bytes. `whole` says that it is all there is,
-    /// whatever came before.
+    /// Notes that a part is written and has `size` bytes.
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] where the upload is gone by now.
-    pub async fn end_part(
+    pub async fn end_part(&self, blob: u64, size: u64, now: u64) -> Result<(), StoreError> {
+        let ended = sqlx::query(END_PART)
+            .bind(number(blob))
+            .bind(number(size))
+            .bind(number(now))
+            .execute(&self.write)
+            .await?;
+        match ended.rows_affected() {
+            0 => Err(StoreError::NoSuchUpload),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same for a part that is all there is, whatever came before.
+    ///
+    /// # Errors
+    /// As [`Catalog::end_part`].
+    pub async fn end_whole(
         &self,
         upload: u64,
         blob: u64,
         size: u64,
-        whole: bool,
         now: u64,
     ) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
-        let known = sqlx::query("UPDATE uploads SET used = $2 WHERE id = $1 RETURNING blocks")
+        sqlx::query("UPDATE uploads SET blocks = NULL WHERE id = $1")
             .bind(number(upload))
-            .bind(number(now))
-            .fetch_optional(&mut *transaction)
-            .await?;
-        let ended = sqlx::query("UPDATE parts SET size = $2 WHERE id = $1")
-            .bind(number(blob))
-            .bind(number(size))
             .execute(&mut *transaction)
             .await?;
-        let Some(known) = known.filter(|_| ended.rows_affected() == 1) else {
+        let ended = sqlx::query(END_PART)
+            .bind(number(blob))
+            .bind(number(size))
+            .bind(number(now))
+            .execute(&mut *transaction)
+            .await?;
+        if ended.rows_affected() == 0 {
             return Err(StoreError::NoSuchUpload);
-        };
-        if whole {
-            if known.try_get::<Option<String>, _>("blocks")?.is_some() {
-                sqlx::query("UPDATE uploads SET blocks = NULL WHERE id = $1")
-                    .bind(number(upload))
-                    .execute(&mut *transaction)
-                    .await?;
-            }
-            let older = sqlx::query("DELETE FROM parts WHERE upload = $1 AND id < $2 RETURNING id")
-                .bind(number(upload))
-                .bind(number(blob))
-                .fetch_all(&mut *transaction)
-                .await?;
-            for row in older {
-                discard(&mut transaction, unsigned(&row, "id")?, now).await?;
-            }
+        }
+        let older = sqlx::query("DELETE FROM parts WHERE upload = $1 AND id < $2 RETURNING id")
+            .bind(number(upload))
+            .bind(number(blob))
+            .fetch_all(&mut *transaction)
+            .await?;
+        for row in older {
+            discard(&mut transaction, unsigned(&row, "id")?, now).await?;
         }
         transaction.commit().await?;
         Ok(())
@@ -662,10 +685,13 @@ impl Catalog {
     pub async fn abandon(&self, abandoned: u64, now: u64) -> Result<u64, StoreError> {
         let mut count = 0;
         let mut transaction = self.write.begin().await?;
-        let uploads = sqlx::query("DELETE FROM uploads WHERE used < $1 RETURNING id")
-            .bind(number(abandoned))
-            .fetch_all(&mut *transaction)
-            .await?;
+        let uploads = sqlx::query(
+            "DELETE FROM uploads WHERE used < $1 AND NOT EXISTS \
+             (SELECT 1 FROM parts WHERE upload = uploads.id AND parts.used >= $1) RETURNING id",
+        )
+        .bind(number(abandoned))
+        .fetch_all(&mut *transaction)
+        .await?;
         for row in uploads {
             count += 1;
             discard_parts_of(&mut transaction, unsigned(&row, "id")?, now).await?;

@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::service::auth::UrlSigner;
 use crate::service::blobs::{Blobs, Location, Parts};
-use crate::service::catalog::{Catalog, Database, Totals};
+use crate::service::catalog::{BegunPart, Catalog, Database, Totals};
 use crate::service::parts::Part;
 use crate::service::store::{Content, Entry, EntryName, Piece, Query, Store, StoreError};
 
@@ -384,7 +384,7 @@ impl EntryStore {
         pieces: impl Stream<Item = Piece> + Send,
     ) -> Result<(), StoreError> {
         let inner = &*self.inner;
-        let blob = inner
+        let BegunPart { blob, is_first } = inner
             .catalog
             .begin_part(upload, block, start, (inner.clock)())
             .await?;
@@ -409,7 +409,7 @@ impl EntryStore {
                     return Err(StoreError::TooLarge { limit });
                 }
                 if silent {
-                    inner.catalog.still_writing(upload, blob, now).await?;
+                    inner.catalog.still_writing(blob, now).await?;
                 }
                 Ok(piece)
             }
@@ -417,7 +417,11 @@ impl EntryStore {
         let received = async {
             let size = inner.blobs.write(blob, pieces).await?;
             let now = (inner.clock)();
-            inner.catalog.end_part(upload, blob, size, whole, now).await
+            // Where nothing came before, nothing has to make way, and that is most uploads.
+            match whole && !is_first {
+                true => inner.catalog.end_whole(upload, blob, size, now).await,
+                false => inner.catalog.end_part(blob, size, now).await,
+            }
         };
         let received = received.await;
         unfinished.blob = None;
