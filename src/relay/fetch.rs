@@ -12,6 +12,7 @@ use futures_util::TryStreamExt;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 
+use crate::cargo::manifest::is_cargos;
 use crate::github::cache_client::{CacheError, Download};
 use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
 use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
@@ -108,7 +109,7 @@ impl Relay {
     }
 
     /// Starts to download a pack, unless that is under way or done.
-    fn begin_fetch(self: &Arc<Self>, objects: &mut Objects, pack: usize) {
+    pub(super) fn begin_fetch(self: &Arc<Self>, objects: &mut Objects, pack: usize) {
         let Some(slot) = objects.packs.get_mut(pack) else {
             return;
         };
@@ -365,7 +366,8 @@ impl Relay {
         }
     }
 
-    async fn read_alone(
+    /// The bytes of a range of a pack's cache entry.
+    pub(super) async fn read_alone(
         &self,
         pack: usize,
         range: std::ops::Range<u64>,
@@ -474,7 +476,7 @@ impl Relay {
                 .collect();
             let small: Vec<_> = objects
                 .objects()
-                .filter(|(_, slot)| slot.length <= SMALL_OBJECT)
+                .filter(|(key, slot)| slot.length <= SMALL_OBJECT && !is_cargos(**key))
                 .filter_map(|(key, slot)| {
                     let Place::Pack(pack, offset) = slot.place else {
                         return None;
