@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 /// ```text
 /// bin/sccache     the wrapper
 /// sccache-path    the path of the real sccache; absent where the set-up failed
+/// kept-by-cargo   cargo's home and the target folders that the cargo cache keeps, a line for each;
+///                 absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
 /// log/relay.log   what the relay says where it fails
@@ -113,6 +115,35 @@ impl StateDir {
         self.root.join("probe")
     }
 
+    fn kept_by_cargo_path(&self) -> PathBuf {
+        self.root.join("kept-by-cargo")
+    }
+
+    /// Says which folders the cargo cache keeps: cargo's home first, then the target folders.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn set_kept_by_cargo<'a>(&self, folders: impl Iterator<Item = &'a Path>) -> io::Result<()> {
+        let mut lines = Vec::new();
+        for folder in folders {
+            lines.extend_from_slice(folder.as_os_str().as_encoded_bytes());
+            lines.push(b'\n');
+        }
+        // A compile that sees half of it would take the other half's folders for others.
+        let path = self.kept_by_cargo_path();
+        let new = path.with_extension("new");
+        fs::write(&new, lines)?;
+        fs::rename(new, path)
+    }
+
+    /// The folders that the cargo cache keeps: cargo's home, and the target folders. `None` where it
+    /// keeps none.
+    pub fn kept_by_cargo(&self) -> Option<(PathBuf, Vec<PathBuf>)> {
+        let text = fs::read_to_string(self.kept_by_cargo_path()).ok()?;
+        let mut folders = text.lines().map(PathBuf::from);
+        Some((folders.next()?, folders.collect()))
+    }
+
     fn uncached(&self) -> PathBuf {
         self.root.join("uncached")
     }
@@ -165,6 +196,11 @@ mod tests {
         assert_eq!(state.sccache().as_deref(), Some(Path::new("/x/sccache")));
         assert_eq!(state.uncached_compiles(), 0);
         assert_eq!(state.first_uncached_reason(), None);
+        assert_eq!(state.kept_by_cargo(), None);
+        let folders = [Path::new("/home/cargo"), Path::new("/w/target")];
+        state.set_kept_by_cargo(folders.into_iter()).unwrap();
+        let kept = (folders[0].to_owned(), vec![folders[1].to_owned()]);
+        assert_eq!(state.kept_by_cargo(), Some(kept));
         state.note_uncached("one\ntwo");
         state.note_uncached("three");
         assert_eq!(state.uncached_compiles(), 2);
