@@ -212,6 +212,13 @@ impl Upstream {
         lock(&self.front.granted).clear();
     }
 
+    /// The bytes of all entries.
+    pub fn stored(&self) -> u64 {
+        let entries = std::fs::read_dir(self.folder.path().join("entries")).unwrap();
+        let lengths = entries.map(|entry| entry.unwrap().metadata().unwrap().len());
+        lengths.sum()
+    }
+
     /// Loses the content of the entry that was committed first.
     pub fn lose_first_entry(&self) {
         let folder = self.folder.path().join("entries");
