@@ -85,21 +85,15 @@ fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
     let Some(at) = arguments.iter().position(is_out_dir) else {
         return false;
     };
-    let Some((home, targets)) = state.kept_by_cargo() else {
+    let Some(output) = arguments.get(at + 1).map(Path::new) else {
         return false;
     };
-    let output = arguments.get(at + 1).map(Path::new);
-    let output_is_kept =
-        output.is_some_and(|output| targets.iter().any(|target| output.starts_with(target)));
-    let sources = [
-        home.join("registry").join("src"),
-        home.join("git").join("checkouts"),
-    ];
-    output_is_kept
-        && arguments.iter().map(Path::new).any(|source| {
-            source.extension() == Some(OsStr::new("rs"))
-                && sources.iter().any(|folder| source.starts_with(folder))
-        })
+    let Some(kept) = state.kept_by_cargo() else {
+        return false;
+    };
+    let sources = arguments.iter().map(Path::new);
+    let mut sources = sources.filter(|path| path.extension() == Some(OsStr::new("rs")));
+    sources.any(|source| kept.keeps(source, output))
 }
 
 /// `sccache --show-stats` and its kin: there is nothing to fall back to.
@@ -241,6 +235,7 @@ pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sccache::state::KeptByCargo;
 
     fn words(words: &[&str]) -> Vec<OsString> {
         words.iter().map(OsString::from).collect()
@@ -277,12 +272,21 @@ mod tests {
         };
         let dependency = "/c/registry/src/r/a-1.0.0/src/lib.rs";
         assert!(!compile(dependency, "/w/target/debug/deps"));
-        let folders = ["/c", "/w/target"].map(Path::new);
-        state.set_kept_by_cargo(folders.into_iter()).unwrap();
+        let commit = "1234567890abcdef1234567890abcdef12345678";
+        let kept = KeptByCargo {
+            home: "/c".into(),
+            targets: vec!["/w/target".into()],
+            packages: ["a-1.0.0".to_owned(), commit.to_owned()].into(),
+        };
+        state.set_kept_by_cargo(&kept).unwrap();
         assert!(compile(dependency, "/w/target/debug/deps"));
         let of_git = "/c/git/checkouts/a/1234567/src/lib.rs";
         assert!(compile(of_git, "/w/target/debug/deps"));
         assert!(!compile(dependency, "/other/target/debug/deps"));
+        let other = "/c/registry/src/r/a-1.0.1/src/lib.rs";
+        assert!(!compile(other, "/w/target/debug/deps"));
+        let other = "/c/git/checkouts/a/1234568/src/lib.rs";
+        assert!(!compile(other, "/w/target/debug/deps"));
         assert!(!compile("src/lib.rs", "/w/target/debug/deps"));
         assert!(!compile("/w/vendor/a/src/lib.rs", "/w/target/debug/deps"));
         assert!(!is_kept_by_cargo(&state, &words(&["-vV"])));

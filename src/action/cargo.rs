@@ -14,7 +14,7 @@ use crate::action::workflow_command::Log;
 use crate::cargo::layout::{Facts, Layout};
 use crate::relay::cargo::{CargoActivity, CargoRequest};
 use crate::relay::process::RunningRelay;
-use crate::sccache::state::StateDir;
+use crate::sccache::state::{KeptByCargo, StateDir};
 
 /// How long the restore may take. What is not there by then is downloaded and compiled by cargo.
 const RESTORE_WAIT: Duration = Duration::from_secs(180);
@@ -91,9 +91,14 @@ async fn try_restore(
     };
     let restored = relay.restore_cargo(&request).await;
     let restored = restored.map_err(|error| error.to_string())?;
-    // From here on the post step keeps what is compiled.
-    let kept = std::iter::once(&request.home).chain(&request.targets);
-    let noted = state_dir.set_kept_by_cargo(kept.map(PathBuf::as_path));
+    // From here on the post step keeps what is compiled. A lockfile that cannot be read was told of.
+    let packages = request.lockfile().unwrap_or_default().keepable();
+    let kept = KeptByCargo {
+        home: request.home,
+        targets: request.targets,
+        packages,
+    };
+    let noted = state_dir.set_kept_by_cargo(&kept);
     noted.map_err(|error| error.to_string())?;
     Ok(restored)
 }

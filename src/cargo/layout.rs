@@ -61,19 +61,23 @@ impl Layout {
 }
 
 /// Whether compilers and build scripts go by this variable, as far as names tell: those that
-/// rust-cache keys its archives by, without what only says how cargo talks or where it downloads.
+/// rust-cache keys its archives by and those that the `cc` crate reads, without what only says how
+/// cargo talks or where it downloads.
 fn matters(name: &str) -> bool {
-    const BEGINNINGS: [&str; 10] = [
+    /// Tools, each also with a target behind an underscore.
+    const TOOLS: [&str; 12] = [
         "AR",
-        "CARGO_",
         "CC",
         "CFLAGS",
         "CMAKE",
         "CPPFLAGS",
         "CXX",
+        "CXXFLAGS",
         "LDFLAGS",
+        "MACOSX_DEPLOYMENT_TARGET",
+        "NM",
         "PKG_CONFIG",
-        "RUST",
+        "RANLIB",
     ];
     const OTHERS: [&str; 12] = [
         // Of no influence on what is compiled.
@@ -85,17 +89,23 @@ fn matters(name: &str) -> bool {
         "RUST_BACKTRACE",
         "RUST_LOG",
         // The compiler is known by what it says, and the folders are facts of their own.
+        "CARGO_BUILD_TARGET_DIR",
         "CARGO_HOME",
         "CARGO_TARGET_DIR",
         "RUSTC_WRAPPER",
         "RUSTUP_",
-        // Of runs, not of builds.
-        "CARGO_TARGET_TMPDIR",
     ];
+    let tool = ["HOST_", "TARGET_"]
+        .iter()
+        .find_map(|side| name.strip_prefix(side))
+        .unwrap_or(name);
+    let is_tool = TOOLS.iter().any(|known| {
+        let rest = tool.strip_prefix(known);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+    });
     let is_launcher = name.starts_with("CMAKE_") && name.ends_with("_COMPILER_LAUNCHER");
-    BEGINNINGS.iter().any(|begin| name.starts_with(begin))
-        && !OTHERS.iter().any(|other| name.starts_with(other))
-        && !is_launcher
+    let is_rusts = name.starts_with("CARGO_") || name.starts_with("RUST");
+    (is_tool || is_rusts) && !OTHERS.iter().any(|other| name.starts_with(other)) && !is_launcher
 }
 
 #[cfg(test)]
@@ -120,7 +130,13 @@ mod tests {
         assert_eq!(plain, layout("rustc 1", "/w/target", &[]));
         assert_ne!(plain, layout("rustc 2", "/w/target", &[]));
         assert_ne!(plain, layout("rustc 1", "/v/target", &[]));
-        for name in ["RUSTFLAGS", "CC", "CFLAGS", "CARGO_PROFILE_DEV_DEBUG"] {
+        for name in [
+            "RUSTFLAGS",
+            "CC",
+            "CFLAGS_x86_64_unknown_linux_gnu",
+            "HOST_CXX",
+            "CARGO_PROFILE_DEV_DEBUG",
+        ] {
             let with = layout("rustc 1", "/w/target", &[(name, "x")]);
             assert_ne!(plain, with, "{name}");
         }
@@ -131,6 +147,7 @@ mod tests {
             "RUST_LOG",
             "CMAKE_C_COMPILER_LAUNCHER",
             "GITHUB_RUN_ID",
+            "ARTIFACT_FOLDER",
         ] {
             let with = layout("rustc 1", "/w/target", &[(name, "x")]);
             assert_eq!(plain, with, "{name}");

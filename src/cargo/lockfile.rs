@@ -19,6 +19,9 @@ pub struct Lockfile {
     names: BTreeSet<String>,
     /// The commits of git dependencies.
     commits: BTreeSet<String>,
+    /// What was compiled from sources of the workspace's own, by whatever way: packages of
+    /// registries as in `crates`, and commits.
+    tied: BTreeSet<String>,
 }
 
 #[derive(Deserialize)]
@@ -33,6 +36,59 @@ struct Package {
     version: String,
     source: Option<String>,
     checksum: Option<String>,
+    #[serde(default)]
+    dependencies: Vec<String>,
+}
+
+impl Package {
+    /// What cargo calls its files: `name-version`, or its commit. `None` for what is the
+    /// workspace's own, or a path dependency.
+    fn id(&self) -> Option<String> {
+        match self.source.as_deref()?.strip_prefix("git+") {
+            Some(git) => git.rsplit_once('#').map(|(_, commit)| commit.to_owned()),
+            None => Some(format!("{}-{}", self.name, self.version)),
+        }
+    }
+
+    /// Whether a dependency is on it, which names it as far as that is needed: `name`,
+    /// `name version` or `name version (source)`.
+    fn is_meant_by(&self, dependency: &str) -> bool {
+        let mut words = dependency.split_whitespace();
+        words.next() == Some(self.name.as_str())
+            && words.next().is_none_or(|version| version == self.version)
+    }
+}
+
+/// The packages that depend on one without a source, by whatever way.
+fn tied(packages: &[Package]) -> BTreeSet<String> {
+    let mut tied: Vec<bool> = packages.iter().map(|p| p.source.is_none()).collect();
+    let mut by_name: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (number, package) in packages.iter().enumerate() {
+        by_name.entry(&package.name).or_default().push(number);
+    }
+    let mut settled = false;
+    while !settled {
+        settled = true;
+        for (number, package) in packages.iter().enumerate() {
+            let is_tied = |dependency: &String| {
+                let name = dependency.split_whitespace().next().unwrap_or_default();
+                let named = by_name.get(name).into_iter().flatten();
+                named.into_iter().any(|number| {
+                    let meant = packages.get(*number);
+                    tied.get(*number) == Some(&true)
+                        && meant.is_some_and(|meant| meant.is_meant_by(dependency))
+                })
+            };
+            if tied.get(number) == Some(&false) && package.dependencies.iter().any(is_tied) {
+                settled = false;
+                if let Some(tied) = tied.get_mut(number) {
+                    *tied = true;
+                }
+            }
+        }
+    }
+    let tied = packages.iter().zip(tied).filter(|(_, tied)| *tied);
+    tied.filter_map(|(package, _)| package.id()).collect()
 }
 
 impl Lockfile {
@@ -42,20 +98,22 @@ impl Lockfile {
     /// Where it is not one.
     pub fn parse(text: &str) -> Result<Self, LockfileError> {
         let document: Document = toml::from_str(text)?;
-        let mut lockfile = Self::default();
+        let mut lockfile = Self {
+            tied: tied(&document.package),
+            ..Self::default()
+        };
         for package in document.package {
-            // The workspace's own, and path dependencies.
-            let Some(source) = package.source else {
+            let Some(id) = package.id() else {
                 continue;
             };
-            if let Some(git) = source.strip_prefix("git+") {
-                if let Some((_, commit)) = git.rsplit_once('#') {
-                    lockfile.commits.insert(commit.to_owned());
-                }
+            if package
+                .source
+                .is_some_and(|source| source.starts_with("git+"))
+            {
+                lockfile.commits.insert(id);
                 continue;
             }
-            let name = format!("{}-{}", package.name, package.version);
-            let digests = lockfile.crates.entry(name).or_default();
+            let digests = lockfile.crates.entry(id).or_default();
             let mut digest = [0; 32];
             if let Some(checksum) = package.checksum
                 && hex::decode_to_slice(checksum, &mut digest).is_ok()
@@ -74,6 +132,7 @@ impl Lockfile {
         }
         self.names.extend(other.names);
         self.commits.extend(other.commits);
+        self.tied.extend(other.tied);
     }
 
     /// Whether it asks for a package of a registry, given as `name-version`.
@@ -98,6 +157,14 @@ impl Lockfile {
     pub fn has_commit(&self, prefix: &str) -> bool {
         let from = self.commits.range(prefix.to_owned()..).next();
         !prefix.is_empty() && from.is_some_and(|commit| commit.starts_with(prefix))
+    }
+
+    /// The packages, as `name-version` or by their commits, whose compiled units depend on no source
+    /// of the workspace's own and can thus be kept.
+    pub fn keepable(&self) -> BTreeSet<String> {
+        let all = self.crates.keys().chain(&self.commits);
+        let keepable = all.filter(|id| !self.tied.contains(*id));
+        keepable.cloned().collect()
     }
 
     /// Whether it asks for anything at all.
@@ -157,6 +224,44 @@ source = "git+https://git.example/two?branch=main#0123456789abcdef0123456789abcd
         assert!(!lockfile.accepts("one-1.0.0+meta", &[0xac; 32]));
         assert!(Lockfile::parse("package = 3").is_err());
         assert!(Lockfile::parse("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_compiled_from_the_workspaces_own_sources_is_not_keepable() {
+        let source = "source = \"registry+https://registry.example/index\"";
+        let text = format!(
+            r#"
+[[package]]
+name = "patched"
+version = "1.0.0"
+
+[[package]]
+name = "patched"
+version = "2.0.0"
+{source}
+
+[[package]]
+name = "near"
+version = "1.0.0"
+{source}
+dependencies = ["patched 1.0.0"]
+
+[[package]]
+name = "far"
+version = "1.0.0"
+{source}
+dependencies = ["near"]
+
+[[package]]
+name = "free"
+version = "1.0.0"
+{source}
+dependencies = ["patched 2.0.0"]
+"#
+        );
+        let keepable = Lockfile::parse(&text).unwrap().keepable();
+        let keepable: Vec<String> = keepable.into_iter().collect();
+        assert_eq!(keepable, ["free-1.0.0", "patched-2.0.0"]);
     }
 
     #[test]

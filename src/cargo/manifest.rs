@@ -437,4 +437,26 @@ mod tests {
             assert_eq!(SystemTime::from(Time::from(time)), time);
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
+            at: usize,
+            change: u8,
+        ) {
+            let _ = Manifest::from_bytes(&bytes);
+            let mut plain = postcard::to_stdvec(&chain()).unwrap();
+            let at = at % plain.len();
+            plain[at] ^= change;
+            for plain in [bytes, plain] {
+                let disguised = zstd::bulk::compress(&plain, 1).unwrap();
+                if let Ok(manifest) = Manifest::from_bytes(&disguised) {
+                    let lockfile = asking_for(&[("a", "1.0.0"), ("b", "1.0.0")]);
+                    let wanted = manifest.wanted(&lockfile, true);
+                    proptest::prop_assert!(wanted.iter().all(|part| *part < manifest.parts.len()));
+                }
+            }
+        }
+    }
 }

@@ -69,7 +69,10 @@ impl CargoRequest {
     }
 
     /// What the lockfiles ask for together. One that is not there asks for nothing.
-    fn lockfile(&self) -> Result<Lockfile, String> {
+    ///
+    /// # Errors
+    /// The first that cannot be read, and why.
+    pub fn lockfile(&self) -> Result<Lockfile, String> {
         let mut all = Lockfile::default();
         for path in &self.lockfiles {
             let text = match fs::read_to_string(path) {
@@ -586,6 +589,21 @@ impl Relay {
 fn drafts(request: &CargoRequest, lockfile: &Lockfile) -> io::Result<Vec<(Part, bool)>> {
     const NO_CHUNK: ObjectKey = ObjectKey([0; 32]);
     let mut drafts = Vec::new();
+    // Crates first, so that they are in packs together: another toolchain wants these only.
+    let pieces = home::find(&request.home, lockfile)?.into_iter();
+    drafts.extend(pieces.map(|piece| {
+        let part = Part {
+            root: piece.root,
+            name: piece.name,
+            guard: piece.guard,
+            package: piece.package,
+            entries: piece.entries,
+            chunk: NO_CHUNK,
+            needs: Vec::new(),
+            used: 0,
+        };
+        (part, true)
+    }));
     for (number, target) in (0..).zip(&request.targets) {
         let found = target::find(target, &request.home)?;
         let first = drafts.len() as u32;
@@ -607,20 +625,6 @@ fn drafts(request: &CargoRequest, lockfile: &Lockfile) -> io::Result<Vec<(Part, 
             (part, unit.used || !found.has_own)
         }));
     }
-    let pieces = home::find(&request.home, lockfile)?.into_iter();
-    drafts.extend(pieces.map(|piece| {
-        let part = Part {
-            root: piece.root,
-            name: piece.name,
-            guard: piece.guard,
-            package: piece.package,
-            entries: piece.entries,
-            chunk: NO_CHUNK,
-            needs: Vec::new(),
-            used: 0,
-        };
-        (part, true)
-    }));
     Ok(drafts)
 }
 

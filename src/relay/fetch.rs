@@ -18,7 +18,7 @@ use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
 use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
 use crate::relay::{Relay, delay_after, lock};
 use crate::store::chain::Known;
-use crate::store::index::{Bundle, Digest, Member, ObjectKey};
+use crate::store::index::{Bundle, Digest, Member, ObjectKey, Pack};
 use crate::store::local::LocalFile;
 
 /// How often, and for how long, an index that cannot be read is tried again.
@@ -590,7 +590,7 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
     };
     let mut packs: BTreeMap<(u64, &str), u64> = BTreeMap::new();
     for (name, pack) in known.iter().flat_map(|known| &known.index.packs) {
-        if lane.is_none_or(|lane| lane.packs.contains(name)) {
+        if lane.is_none_or(|lane| lane.packs.contains(name)) && !is_mostly_cargos(pack) {
             packs.insert((pack.created, name), pack.data_length);
         }
     }
@@ -603,6 +603,15 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
         })
         .map(|((_, name), _)| name.to_owned())
         .collect()
+}
+
+/// Whether most of a pack is the cargo cache's, which fetches what it wants once it is known what
+/// that is.
+fn is_mostly_cargos(pack: &Pack) -> bool {
+    let objects = pack.objects.iter();
+    let cargos = objects.filter(|(key, _)| is_cargos(**key));
+    let bytes = cargos.fold(0, |sum: u64, (_, object)| sum.saturating_add(object.length));
+    pack.bundle.is_none() && bytes.saturating_mul(2) > pack.data_length
 }
 
 fn interrupted(error: io::Error) -> CacheError {

@@ -2,17 +2,50 @@
 //! the runner's temporary folder. Others may read it, since a build may run as another user and
 //! must still find its wrapper; only the log, which sccache fills, is closed to them.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Which compiles the cargo cache keeps the outcome of: those of these packages into these folders.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptByCargo {
+    /// Cargo's home, where the packages' sources are.
+    pub home: PathBuf,
+    /// The target folders.
+    pub targets: Vec<PathBuf>,
+    /// The packages, as `name-version` or by their commits.
+    pub packages: BTreeSet<String>,
+}
+
+impl KeptByCargo {
+    /// Whether it keeps what a compile of `source` writes to `output`.
+    pub fn keeps(&self, source: &Path, output: &Path) -> bool {
+        let Ok(inner) = source.strip_prefix(&self.home) else {
+            return false;
+        };
+        let names: Option<Vec<&str>> = inner.iter().map(|name| name.to_str()).collect();
+        let package_is_kept = match names.as_deref() {
+            Some(["registry", "src", _, package, ..]) => self.packages.contains(*package),
+            // Cargo calls a checkout by the first digits of its commit.
+            Some(["git", "checkouts", _, commit, ..]) => {
+                let next = self.packages.range((*commit).to_owned()..).next();
+                next.is_some_and(|package| package.starts_with(commit))
+            }
+            _ => false,
+        };
+        package_is_kept && self.targets.iter().any(|target| output.starts_with(target))
+    }
+}
 
 /// One set-up's folder.
 ///
 /// ```text
 /// bin/sccache     the wrapper
 /// sccache-path    the path of the real sccache; absent where the set-up failed
-/// kept-by-cargo   cargo's home and the target folders that the cargo cache keeps, a line for each;
-///                 absent where it keeps none
+/// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
 /// log/relay.log   what the relay says where it fails
@@ -119,29 +152,21 @@ impl StateDir {
         self.root.join("kept-by-cargo")
     }
 
-    /// Says which folders the cargo cache keeps: cargo's home first, then the target folders.
+    /// Says which compiles the cargo cache keeps the outcome of.
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn set_kept_by_cargo<'a>(&self, folders: impl Iterator<Item = &'a Path>) -> io::Result<()> {
-        let mut lines = Vec::new();
-        for folder in folders {
-            lines.extend_from_slice(folder.as_os_str().as_encoded_bytes());
-            lines.push(b'\n');
-        }
-        // A compile that sees half of it would take the other half's folders for others.
+    pub fn set_kept_by_cargo(&self, kept: &KeptByCargo) -> io::Result<()> {
+        // A compile that sees half of it would not understand it.
         let path = self.kept_by_cargo_path();
         let new = path.with_extension("new");
-        fs::write(&new, lines)?;
+        fs::write(&new, serde_json::to_vec(kept)?)?;
         fs::rename(new, path)
     }
 
-    /// The folders that the cargo cache keeps: cargo's home, and the target folders. `None` where it
-    /// keeps none.
-    pub fn kept_by_cargo(&self) -> Option<(PathBuf, Vec<PathBuf>)> {
-        let text = fs::read_to_string(self.kept_by_cargo_path()).ok()?;
-        let mut folders = text.lines().map(PathBuf::from);
-        Some((folders.next()?, folders.collect()))
+    /// Which compiles the cargo cache keeps the outcome of. `None` where it keeps none.
+    pub fn kept_by_cargo(&self) -> Option<KeptByCargo> {
+        serde_json::from_slice(&fs::read(self.kept_by_cargo_path()).ok()?).ok()
     }
 
     fn uncached(&self) -> PathBuf {
@@ -197,9 +222,12 @@ mod tests {
         assert_eq!(state.uncached_compiles(), 0);
         assert_eq!(state.first_uncached_reason(), None);
         assert_eq!(state.kept_by_cargo(), None);
-        let folders = [Path::new("/home/cargo"), Path::new("/w/target")];
-        state.set_kept_by_cargo(folders.into_iter()).unwrap();
-        let kept = (folders[0].to_owned(), vec![folders[1].to_owned()]);
+        let kept = KeptByCargo {
+            home: "/home/cargo".into(),
+            targets: vec!["/w/target".into()],
+            packages: ["a-1.0.0".to_owned()].into(),
+        };
+        state.set_kept_by_cargo(&kept).unwrap();
         assert_eq!(state.kept_by_cargo(), Some(kept));
         state.note_uncached("one\ntwo");
         state.note_uncached("three");
