@@ -5,6 +5,7 @@
 //! in, so that every part can be driven by a test.
 
 pub mod action;
+pub mod cargo;
 pub mod cli;
 pub mod github;
 pub mod http_client;

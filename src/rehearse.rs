@@ -199,6 +199,8 @@ impl Stage {
         }
         environment.set("RUNNER_TEMP", temporary.display().to_string());
         environment.set("GITHUB_WORKSPACE", workspace.display().to_string());
+        // Cargo's folders are this machine's own, not a runner's.
+        environment.set("INPUT_CACHE-CARGO", "false");
         // A runner's disk is empty at first, so nothing may be found on this one's; unless the disk
         // is where objects are to be kept.
         let keeper = match environment.get("INPUT_MODE") {

@@ -55,6 +55,9 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
     let Some(real) = real else {
         return replace(compiler, compiler_arguments);
     };
+    if is_kept_by_cargo(&state, compiler_arguments) {
+        return replace(compiler, compiler_arguments);
+    }
     if state.uncached_compiles() >= FAILURES_BEFORE_GIVING_UP {
         state.note_uncached("sccache had failed before");
         return replace(compiler, compiler_arguments);
@@ -73,6 +76,24 @@ fn compile_of(arguments: &[OsString]) -> Option<(&Path, &[OsString])> {
     let (first, rest) = arguments.split_first()?;
     let is_option = first.as_encoded_bytes().starts_with(b"-");
     (!is_option && !first.is_empty()).then(|| (Path::new(first), rest))
+}
+
+/// Whether a compile is one of a dependency whose outcome the cargo cache keeps: sccache would keep
+/// the same bytes a second time, and know of no build that these could serve and those could not.
+fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
+    let is_out_dir = |argument: &OsString| argument == "--out-dir";
+    let Some(at) = arguments.iter().position(is_out_dir) else {
+        return false;
+    };
+    let Some(output) = arguments.get(at + 1).map(Path::new) else {
+        return false;
+    };
+    let Some(kept) = state.kept_by_cargo() else {
+        return false;
+    };
+    let sources = arguments.iter().map(Path::new);
+    let mut sources = sources.filter(|path| path.extension() == Some(OsStr::new("rs")));
+    sources.any(|source| kept.keeps(source, output))
 }
 
 /// `sccache --show-stats` and its kin: there is nothing to fall back to.
@@ -214,6 +235,7 @@ pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sccache::state::KeptByCargo;
 
     fn words(words: &[&str]) -> Vec<OsString> {
         words.iter().map(OsString::from).collect()
@@ -238,6 +260,40 @@ mod tests {
         assert!(compile_of(&words(&["--show-stats"])).is_none());
         assert!(compile_of(&words(&["-s"])).is_none());
         assert!(compile_of(&[]).is_none());
+    }
+
+    #[test]
+    fn a_dependency_that_the_cargo_cache_keeps_is_not_kept_twice() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::create(parent.path(), None).unwrap();
+        let compile = |source: &str, output: &str| {
+            let arguments = ["--crate-name", "a", source, "--out-dir", output];
+            is_kept_by_cargo(&state, &words(&arguments))
+        };
+        let dependency = "/c/registry/src/r/a-1.0.0/src/lib.rs";
+        assert!(!compile(dependency, "/w/target/debug/deps"));
+        let commit = "1234567890abcdef1234567890abcdef12345678";
+        let kept = KeptByCargo {
+            home: "/c".into(),
+            targets: vec!["/w/target".into()],
+            packages: ["a-1.0.0".to_owned(), commit.to_owned()].into(),
+        };
+        state.set_kept_by_cargo(&kept).unwrap();
+        assert!(compile(dependency, "/w/target/debug/deps"));
+        let of_git = "/c/git/checkouts/a/1234567/src/lib.rs";
+        assert!(compile(of_git, "/w/target/debug/deps"));
+        assert!(!compile(dependency, "/other/target/debug/deps"));
+        let other = "/c/registry/src/r/a-1.0.1/src/lib.rs";
+        assert!(!compile(other, "/w/target/debug/deps"));
+        let other = "/c/git/checkouts/a/1234568/src/lib.rs";
+        assert!(!compile(other, "/w/target/debug/deps"));
+        assert!(!compile("src/lib.rs", "/w/target/debug/deps"));
+        assert!(!compile("/w/vendor/a/src/lib.rs", "/w/target/debug/deps"));
+        assert!(!is_kept_by_cargo(&state, &words(&["-vV"])));
+        assert!(!is_kept_by_cargo(
+            &state,
+            &words(&[dependency, "--out-dir"])
+        ));
     }
 
     #[cfg(unix)]

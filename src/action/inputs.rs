@@ -1,6 +1,7 @@
 //! The action's inputs, as `action.yml` names them.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use url::Url;
@@ -62,6 +63,11 @@ pub struct Inputs {
     pub matrix: String,
     /// The compilers that go through sccache.
     pub wrap: Wrap,
+    /// Whether cargo's folders are kept; `None` is where rustc goes through sccache and there is a
+    /// lockfile.
+    pub cache_cargo: Option<bool>,
+    /// The cargo workspaces; none is the checkout.
+    pub cargo_workspaces: Vec<CargoWorkspace>,
     /// Whether there is to be a job summary.
     pub summary: bool,
     /// Whether there is to be an annotation.
@@ -79,6 +85,15 @@ pub struct Wrap {
     pub c: bool,
     /// CMake's launcher for CUDA.
     pub cuda: bool,
+}
+
+/// A cargo workspace, as `rust-cache` has it: `FOLDER` or `FOLDER -> TARGET`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CargoWorkspace {
+    /// Its folder, from the checkout.
+    pub folder: PathBuf,
+    /// Its target folder, from its own; `None` where cargo chooses.
+    pub target: Option<PathBuf>,
 }
 
 /// What becomes of the step when sccache cannot be set up.
@@ -124,6 +139,8 @@ impl Inputs {
             max_size: max_size(text("max-size").unwrap_or(DEFAULT_MAX_SIZE))?,
             matrix: text("matrix").unwrap_or_default().to_owned(),
             wrap: wrap(text("wrap").unwrap_or("rust"))?,
+            cache_cargo: boolean(environment, "cache-cargo")?,
+            cargo_workspaces: cargo_workspaces(text("cargo-workspaces").unwrap_or_default())?,
             summary: boolean(environment, "summary")?.unwrap_or(true),
             annotations: !boolean(environment, "disable_annotations")?.unwrap_or(false),
             on_failure: on_failure(text("on-failure").unwrap_or("warn"))?,
@@ -275,6 +292,26 @@ fn wrap(text: &str) -> Result<Wrap, InputError> {
     Ok(wrap)
 }
 
+fn cargo_workspaces(text: &str) -> Result<Vec<CargoWorkspace>, InputError> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines
+        .map(|line| {
+            let (folder, target) = match line.split_once("->") {
+                Some((folder, target)) => (folder.trim(), Some(target.trim())),
+                None => (line, None),
+            };
+            if folder.is_empty() || target.is_some_and(str::is_empty) {
+                let accepts = "it accepts lines such as `.` and `folder -> target`";
+                return Err(bad("cargo-workspaces", text, accepts));
+            }
+            Ok(CargoWorkspace {
+                folder: folder.into(),
+                target: target.map(PathBuf::from),
+            })
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -291,6 +328,10 @@ mod tests {
         assert_eq!(inputs.max_size, 5 << 30);
         assert_eq!(inputs.read_only, None);
         assert!(inputs.wrap.rust && !inputs.wrap.c && !inputs.wrap.cuda);
+        assert_eq!(
+            (inputs.cache_cargo, inputs.cargo_workspaces.len()),
+            (None, 0)
+        );
         assert!(inputs.summary && inputs.annotations);
         assert_eq!(inputs.on_failure, OnFailure::Warn);
     }
@@ -313,6 +354,8 @@ mod tests {
             ("read-only", "yes", "true"),
             ("wrap", "go", "rust"),
             ("wrap", "none,rust", "rust"),
+            ("cache-cargo", "auto", "true"),
+            ("cargo-workspaces", "-> b", "target"),
             ("summary", "1", "false"),
             ("disable_annotations", "on", "false"),
             ("on-failure", "stop", "warn"),
@@ -370,6 +413,8 @@ mod tests {
         assert_eq!(
             names,
             [
+                "cache-cargo",
+                "cargo-workspaces",
                 "checksum",
                 "disable_annotations",
                 "install-from",

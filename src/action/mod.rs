@@ -1,6 +1,7 @@
 //! What the action does as seen from the runner: its inputs, its environment, its log commands,
 //! its set-up and its report.
 
+pub mod cargo;
 pub mod environment;
 pub mod inputs;
 pub mod mode;

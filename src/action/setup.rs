@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::action::cargo;
 use crate::action::environment::Environment;
 use crate::action::inputs::{Inputs, OnFailure, Secret, Wrap};
 use crate::action::mode::{self, CHAIN_SINCE, Choice, Mode, READ_ONLY_SINCE, RelayAccess, Storage};
@@ -228,7 +229,8 @@ async fn set_up(
         temporary: &temporary,
         relay: relay.as_ref(),
     };
-    let ready = begun.set_up(choice, program, log).await;
+    // The two wait for each other nowhere.
+    let (ready, ()) = tokio::join!(begun.set_up(choice, program, log), begun.restore_cargo(log));
     if let Some(relay) = &relay
         && ready.as_ref().map_or(true, |ready| ready.relay.is_none())
     {
@@ -251,6 +253,16 @@ struct Begun<'a> {
 }
 
 impl Begun<'_> {
+    async fn restore_cargo(&self, log: &Log) {
+        let rust = rust_goes_through_sccache(self.environment, self.inputs.wrap);
+        if let Some(relay) = self.relay
+            && cargo::is_wanted(self.environment, self.inputs, rust, log)
+        {
+            let relay = &relay.running;
+            cargo::restore(self.environment, self.inputs, self.state_dir, relay, log).await;
+        }
+    }
+
     async fn set_up(&self, choice: Choice, program: &Path, log: &Log) -> Result<Ready, SetupError> {
         let installed = install(self.environment, self.inputs, log).await?;
         self.state_dir

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::action::mode::Mode;
 use crate::relay::activity::Activity;
+use crate::relay::cargo::CargoActivity;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats};
 
 /// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
@@ -199,6 +200,9 @@ fn relay_rows(activity: &Activity, stats: Option<&Stats>) -> Vec<(&'static str, 
             rows.push((what, thousands(count)));
         }
     }
+    if let Some(cargo) = &activity.cargo {
+        rows.push(("Cargo cache", cargo_in_words(cargo)));
+    }
     if activity.read_only {
         rows.push((
             "Saved",
@@ -206,6 +210,31 @@ fn relay_rows(activity: &Activity, stats: Option<&Stats>) -> Vec<(&'static str, 
         ));
     }
     rows
+}
+
+/// What was done for cargo.
+fn cargo_in_words(cargo: &CargoActivity) -> String {
+    let milliseconds = |milliseconds| time(Duration::from_millis(milliseconds));
+    let mut text = format!(
+        "{} and {} restored, {} in {}",
+        counted(cargo.restored_units, "compiled unit"),
+        counted(cargo.restored_crates, "crate"),
+        size(cargo.restored_bytes),
+        milliseconds(cargo.restore_milliseconds),
+    );
+    if cargo.other_layout {
+        text.push_str(" (what was compiled is for another compiler, system or settings)");
+    }
+    let _ = match cargo.new_parts {
+        0 => write!(text, "; nothing new to save"),
+        new => write!(
+            text,
+            "; {} to save, {}",
+            counted(new, "new part"),
+            size(cargo.new_bytes)
+        ),
+    };
+    text
 }
 
 /// How many requests an entry for each object takes: two for a hit (where it is, then the object

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::github::cache_client::RequestCounts;
+use crate::relay::cargo::CargoActivity;
 
 /// How many entries a minute GitHub takes from a repository (its announcement of January 2026).
 pub const UPLOADS_PER_MINUTE: u64 = 200;
@@ -55,6 +56,8 @@ pub struct Activity {
     pub setbacks: u64,
     /// What did first, in words.
     pub first_setback: Option<String>,
+    /// What was done for cargo, where it was asked for.
+    pub cargo: Option<CargoActivity>,
     /// What was asked of the cache service.
     pub upstream: RequestCounts,
     /// The most memory the relay had, in bytes; 0 where the system does not tell.

@@ -12,12 +12,13 @@ use futures_util::TryStreamExt;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 
+use crate::cargo::manifest::is_cargos;
 use crate::github::cache_client::{CacheError, Download};
 use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
 use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
 use crate::relay::{Relay, delay_after, lock};
 use crate::store::chain::Known;
-use crate::store::index::{Bundle, Digest, Member, ObjectKey};
+use crate::store::index::{Bundle, Digest, Member, ObjectKey, Pack};
 use crate::store::local::LocalFile;
 
 /// How often, and for how long, an index that cannot be read is tried again.
@@ -108,7 +109,7 @@ impl Relay {
     }
 
     /// Starts to download a pack, unless that is under way or done.
-    fn begin_fetch(self: &Arc<Self>, objects: &mut Objects, pack: usize) {
+    pub(super) fn begin_fetch(self: &Arc<Self>, objects: &mut Objects, pack: usize) {
         let Some(slot) = objects.packs.get_mut(pack) else {
             return;
         };
@@ -365,7 +366,8 @@ impl Relay {
         }
     }
 
-    async fn read_alone(
+    /// The bytes of a range of a pack's cache entry.
+    pub(super) async fn read_alone(
         &self,
         pack: usize,
         range: std::ops::Range<u64>,
@@ -474,7 +476,7 @@ impl Relay {
                 .collect();
             let small: Vec<_> = objects
                 .objects()
-                .filter(|(_, slot)| slot.length <= SMALL_OBJECT)
+                .filter(|(key, slot)| slot.length <= SMALL_OBJECT && !is_cargos(**key))
                 .filter_map(|(key, slot)| {
                     let Place::Pack(pack, offset) = slot.place else {
                         return None;
@@ -588,7 +590,7 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
     };
     let mut packs: BTreeMap<(u64, &str), u64> = BTreeMap::new();
     for (name, pack) in known.iter().flat_map(|known| &known.index.packs) {
-        if lane.is_none_or(|lane| lane.packs.contains(name)) {
+        if lane.is_none_or(|lane| lane.packs.contains(name)) && !is_mostly_cargos(pack) {
             packs.insert((pack.created, name), pack.data_length);
         }
     }
@@ -601,6 +603,15 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
         })
         .map(|((_, name), _)| name.to_owned())
         .collect()
+}
+
+/// Whether most of a pack is the cargo cache's, which fetches what it wants once it is known what
+/// that is.
+fn is_mostly_cargos(pack: &Pack) -> bool {
+    let objects = pack.objects.iter();
+    let cargos = objects.filter(|(key, _)| is_cargos(**key));
+    let bytes = cargos.fold(0, |sum: u64, (_, object)| sum.saturating_add(object.length));
+    pack.bundle.is_none() && bytes.saturating_mul(2) > pack.data_length
 }
 
 fn interrupted(error: io::Error) -> CacheError {

@@ -4,10 +4,11 @@
 //! a pack now and then. It runs in a process of its own from the main step to the post step.
 //!
 //! `objects` is what sccache asks, `fetch` gets packs, `save` writes them, `disk_level` is the
-//! folder that sccache keeps in front of the relay, `activity` what was done, `process` how the
-//! action's steps start it and talk to it.
+//! folder that sccache keeps in front of the relay, `cargo` what it does for cargo's folders,
+//! `activity` what was done, `process` how the action's steps start it and talk to it.
 
 pub mod activity;
+pub mod cargo;
 pub mod disk_level;
 mod fetch;
 mod objects;
@@ -36,6 +37,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use crate::github::cache_client::{CacheClient, CacheError, Endpoint};
 use crate::http_client::Timeouts;
 use crate::relay::activity::Activity;
+use crate::relay::cargo::{CargoActivity, CargoJob, CargoRequest};
 use crate::relay::disk_level::Hydrated;
 use crate::relay::objects::Objects;
 use crate::service;
@@ -114,6 +116,8 @@ pub struct Relay {
     objects: Mutex<Objects>,
     activity: Mutex<Activity>,
     policy: Mutex<FlushPolicy>,
+    /// What cargo's folders began with, once that was asked for.
+    cargo: Mutex<Option<CargoJob>>,
     /// Whether what the packs hold is known.
     loaded: watch::Sender<bool>,
     /// Rings when an object waits to be saved.
@@ -168,6 +172,7 @@ impl Relay {
             objects: Mutex::new(objects),
             activity: Mutex::new(Activity::default()),
             policy: Mutex::new(FlushPolicy::new(limits)),
+            cargo: Mutex::new(None),
             loaded: watch::Sender::new(false),
             waiting: Notify::new(),
             downloads: Arc::new(Semaphore::new(DOWNLOADS)),
@@ -257,6 +262,7 @@ fn control(lifetime: Arc<Lifetime>) -> Router {
     Router::new()
         .route("/relay/activity", get(tell_activity))
         .route("/relay/hydrate", post(hydrate))
+        .route("/relay/cargo", post(restore_cargo))
         .route("/relay/finish", post(finish))
         .route_layer(middleware::from_fn_with_state(lifetime.clone(), admit))
         .with_state(lifetime)
@@ -286,6 +292,13 @@ async fn hydrate(
 ) -> Json<Hydrated> {
     let relay = lifetime.relay.clone();
     Json(relay.hydrate(request.folder, request.wait).await)
+}
+
+async fn restore_cargo(
+    Shared(lifetime): Shared<Arc<Lifetime>>,
+    Json(request): Json<CargoRequest>,
+) -> Json<CargoActivity> {
+    Json(lifetime.relay.clone().restore_cargo(request).await)
 }
 
 async fn finish(

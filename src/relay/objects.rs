@@ -280,6 +280,11 @@ impl Objects {
         }
     }
 
+    /// Whether an object can be had, as far as is known.
+    pub(super) fn has(&self, key: ObjectKey) -> bool {
+        self.object(key).is_some_and(|slot| self.is_somewhere(slot))
+    }
+
     /// Whether a pack was looked for and is no more.
     pub(super) fn is_gone(&self, name: &str) -> bool {
         let pack = self

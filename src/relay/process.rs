@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use crate::action::environment::Environment;
 use crate::http_client;
 use crate::relay::activity::Activity;
+use crate::relay::cargo::{CargoActivity, CargoRequest};
 use crate::relay::disk_level::Hydrated;
 use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
 use crate::service::auth::BearerToken;
@@ -123,6 +124,18 @@ impl RunningRelay {
     ) -> Result<Hydrated, ProcessError> {
         let request = HydrateRequest { folder, wait };
         self.ask("hydrate", &request, wait).await
+    }
+
+    /// Has it put on the disk what earlier jobs left of cargo's, and keep at its end what this job
+    /// leaves.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    pub async fn restore_cargo(
+        &self,
+        request: &CargoRequest,
+    ) -> Result<CargoActivity, ProcessError> {
+        self.ask("cargo", request, request.wait).await
     }
 
     /// Has it write what waits, and end.

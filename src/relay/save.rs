@@ -130,6 +130,11 @@ impl Relay {
     pub(super) async fn finish(self: &Arc<Self>, deadline: Duration) {
         let deadline = Instant::now() + deadline;
         let _ = tokio::time::timeout_at(deadline, self.is_loaded()).await;
+        let relay = self.clone();
+        let work = move || relay.save_cargo(deadline.into_std());
+        if let Err(error) = tokio::task::spawn_blocking(work).await {
+            self.trouble("what cargo left is not kept", &error);
+        }
         self.take_from_disk();
         let work = async {
             let mut failures = 0;

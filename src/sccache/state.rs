@@ -2,15 +2,50 @@
 //! the runner's temporary folder. Others may read it, since a build may run as another user and
 //! must still find its wrapper; only the log, which sccache fills, is closed to them.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Which compiles the cargo cache keeps the outcome of: those of these packages into these folders.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptByCargo {
+    /// Cargo's home, where the packages' sources are.
+    pub home: PathBuf,
+    /// The target folders.
+    pub targets: Vec<PathBuf>,
+    /// The packages, as `name-version` or by their commits.
+    pub packages: BTreeSet<String>,
+}
+
+impl KeptByCargo {
+    /// Whether it keeps what a compile of `source` writes to `output`.
+    pub fn keeps(&self, source: &Path, output: &Path) -> bool {
+        let Ok(inner) = source.strip_prefix(&self.home) else {
+            return false;
+        };
+        let names: Option<Vec<&str>> = inner.iter().map(|name| name.to_str()).collect();
+        let package_is_kept = match names.as_deref() {
+            Some(["registry", "src", _, package, ..]) => self.packages.contains(*package),
+            // Cargo calls a checkout by the first digits of its commit.
+            Some(["git", "checkouts", _, commit, ..]) => {
+                let next = self.packages.range((*commit).to_owned()..).next();
+                next.is_some_and(|package| package.starts_with(commit))
+            }
+            _ => false,
+        };
+        package_is_kept && self.targets.iter().any(|target| output.starts_with(target))
+    }
+}
 
 /// One set-up's folder.
 ///
 /// ```text
 /// bin/sccache     the wrapper
 /// sccache-path    the path of the real sccache; absent where the set-up failed
+/// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
 /// log/relay.log   what the relay says where it fails
@@ -113,6 +148,27 @@ impl StateDir {
         self.root.join("probe")
     }
 
+    fn kept_by_cargo_path(&self) -> PathBuf {
+        self.root.join("kept-by-cargo")
+    }
+
+    /// Says which compiles the cargo cache keeps the outcome of.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn set_kept_by_cargo(&self, kept: &KeptByCargo) -> io::Result<()> {
+        // A compile that sees half of it would not understand it.
+        let path = self.kept_by_cargo_path();
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(kept)?)?;
+        fs::rename(new, path)
+    }
+
+    /// Which compiles the cargo cache keeps the outcome of. `None` where it keeps none.
+    pub fn kept_by_cargo(&self) -> Option<KeptByCargo> {
+        serde_json::from_slice(&fs::read(self.kept_by_cargo_path()).ok()?).ok()
+    }
+
     fn uncached(&self) -> PathBuf {
         self.root.join("uncached")
     }
@@ -165,6 +221,14 @@ mod tests {
         assert_eq!(state.sccache().as_deref(), Some(Path::new("/x/sccache")));
         assert_eq!(state.uncached_compiles(), 0);
         assert_eq!(state.first_uncached_reason(), None);
+        assert_eq!(state.kept_by_cargo(), None);
+        let kept = KeptByCargo {
+            home: "/home/cargo".into(),
+            targets: vec!["/w/target".into()],
+            packages: ["a-1.0.0".to_owned()].into(),
+        };
+        state.set_kept_by_cargo(&kept).unwrap();
+        assert_eq!(state.kept_by_cargo(), Some(kept));
         state.note_uncached("one\ntwo");
         state.note_uncached("three");
         assert_eq!(state.uncached_compiles(), 2);

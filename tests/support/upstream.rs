@@ -223,6 +223,13 @@ impl Upstream {
         lock(&self.front.granted).clear();
     }
 
+    /// The bytes of all entries.
+    pub fn stored(&self) -> u64 {
+        let entries = std::fs::read_dir(self.folder.path().join("entries")).unwrap();
+        let lengths = entries.map(|entry| entry.unwrap().metadata().unwrap().len());
+        lengths.sum()
+    }
+
     /// Loses the content of the entry that was committed first.
     pub fn lose_first_entry(&self) {
         let first = files_in(&self.folder.path().join("blobs"))
