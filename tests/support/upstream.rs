@@ -225,8 +225,8 @@ impl Upstream {
 
     /// The bytes of all entries.
     pub fn stored(&self) -> u64 {
-        let entries = std::fs::read_dir(self.folder.path().join("entries")).unwrap();
-        let lengths = entries.map(|entry| entry.unwrap().metadata().unwrap().len());
+        let blobs = files_in(&self.folder.path().join("blobs"));
+        let lengths = blobs.iter().map(|blob| blob.metadata().unwrap().len());
         lengths.sum()
     }
 
