@@ -10,6 +10,9 @@
 //! and the CPU times say what a request costs. The figures of a phase are those of the round with
 //! the median time; the peak of memory is that of all rounds.
 //!
+//! A run within some minutes of another is slower at writing small entries on ext4, for both servers:
+//! it passes over the inodes of files that were just deleted.
+//!
 //! usage: cargo bench --bench service -- --help     (benches/nginx.sh fetches nginx where none is)
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -187,6 +190,12 @@ impl Bench {
         TempDir::new_in(self.folder.path()).unwrap()
     }
 
+    /// A folder for many files, which stay until the end: ext4 passes over what was deleted in the
+    /// last minutes when it looks for a free inode, and the next section would pay for that.
+    fn lasting_subfolder(&self) -> PathBuf {
+        self.subfolder().keep()
+    }
+
     fn start_nginx(&self, folder: &Path) -> Server {
         // One worker may get all connections.
         let connections = self.options.connections.max(self.options.concurrency) + 100;
@@ -225,8 +234,8 @@ impl Bench {
     }
 
     async fn small(&self, table: &mut Table) -> String {
-        let folder = self.subfolder();
-        let (nginx, service, idle) = self.both(folder.path());
+        let folder = self.lasting_subfolder();
+        let (nginx, service, idle) = self.both(&folder);
         let &Options {
             entries,
             concurrency,
@@ -267,8 +276,8 @@ impl Bench {
         if clients < self.options.connections {
             println!("\nThe limit of open files allows for {clients} connections only.");
         }
-        let folder = self.subfolder();
-        let (nginx, service, idle) = self.both(folder.path());
+        let folder = self.lasting_subfolder();
+        let (nginx, service, idle) = self.both(&folder);
         let contents: Vec<Content> = (0..clients).map(Content::small).collect();
         let reads = 5;
         for round in 0..self.options.rounds {
@@ -460,6 +469,9 @@ impl Bench {
         let elapsed = begin.elapsed();
         let after = server.usage();
         eprintln!("{name}, {phase}: {:.2} s", elapsed.as_secs_f64());
+        if let Some(failure) = all.failures.first() {
+            eprintln!("{} FAILED, the first: {failure}", all.failures.len());
+        }
         Row {
             phase,
             server: name,
