@@ -25,7 +25,7 @@ use crate::service::parts::{self, Part, Received};
 use crate::service::store::{Entry, EntryName, KEY_LIMIT, Query, StoreError};
 
 /// How long a request waits for a connection to the database.
-const CONNECTION_WAIT: Duration = Duration::from_secs(10);
+const CONNECTION_WAIT: Duration = Duration::from_secs(30);
 
 /// Connections to PostgreSQL, and those to SQLite that only read.
 const CONNECTIONS: u32 = 8;
