@@ -1,9 +1,11 @@
 //! The command line.
 
+#[cfg(feature = "serve")]
 use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
+#[cfg(feature = "serve")]
 use crate::serve::Options;
 
 /// The GitHub Action that makes sccache work on GitHub's cache.
@@ -34,11 +36,13 @@ pub enum Command {
     ///
     /// Says on standard output which variables its clients need. Without an option that says who
     /// is let in, that is the bearer of a token which is made at the start and printed there.
+    #[cfg(feature = "serve")]
     Serve(Box<Options>),
     /// A whole job on this machine, cold and then warm: set-up, a build, the summary
     ///
     /// Without a command it builds a small Rust and C project that it brings along. Other inputs of
     /// the action are taken from INPUT_* variables.
+    #[cfg(feature = "serve")]
     Rehearse {
         /// The version of sccache: exact, a range or `latest`
         #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]

@@ -10,9 +10,11 @@ pub mod cli;
 pub mod github;
 pub mod http_client;
 pub mod install;
+#[cfg(feature = "serve")]
 pub mod rehearse;
 pub mod relay;
 pub mod sccache;
+#[cfg(feature = "serve")]
 pub mod serve;
 pub mod service;
 pub mod store;

@@ -11,8 +11,10 @@ use sccache_action::action::setup::Outcome;
 use sccache_action::action::workflow_command::{Log, Reader};
 use sccache_action::action::{report, setup};
 use sccache_action::cli::{Cli, Command};
+#[cfg(feature = "serve")]
 use sccache_action::rehearse::{self, Rehearsal};
 use sccache_action::relay;
+#[cfg(feature = "serve")]
 use sccache_action::serve;
 use sccache_action::wrapper;
 
@@ -41,9 +43,7 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
     let runtime = match command {
         Command::Setup | Command::Report => tokio::runtime::Builder::new_current_thread(),
-        Command::Relay | Command::Serve(_) | Command::Rehearse { .. } => {
-            tokio::runtime::Builder::new_multi_thread()
-        }
+        _ => tokio::runtime::Builder::new_multi_thread(),
     }
     .enable_all()
     .build()?;
@@ -79,10 +79,12 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             relay::run(&config, io::stdout()).await?;
             Ok(ExitCode::SUCCESS)
         }
+        #[cfg(feature = "serve")]
         Command::Serve(options) => {
             serve::run(*options).await?;
             Ok(ExitCode::SUCCESS)
         }
+        #[cfg(feature = "serve")]
         Command::Rehearse {
             sccache,
             mode,

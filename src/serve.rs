@@ -18,8 +18,9 @@ use crate::service::blobs::{Bucket, Location};
 use crate::service::catalog::{Database, PostgresUrl};
 use crate::service::entries::{Limits, Storage};
 use crate::service::forgejo::Proxy;
-use crate::service::runtime_token::{GITHUB_ISSUER, Issuer, Keys, RuntimeTokens, Secret};
+use crate::service::runtime_token::scope_of;
 use crate::service::store::Scope;
+use crate::service::token_check::{GITHUB_ISSUER, Issuer, Keys, RuntimeTokens, Secret};
 use crate::service::{self, Config, Gate, ServiceError};
 
 /// The scope of tokens that name none.
@@ -213,7 +214,7 @@ fn listed_tokens(text: &str) -> Result<Tokens, String> {
             }
             let scope = |name: &str| match listed.repository.as_str() {
                 "" => Scope::from(name),
-                repository => service::runtime_token::scope_of(repository, name),
+                repository => scope_of(repository, name),
             };
             let default = listed.read.is_empty().then_some(DEFAULT_SCOPE);
             let write = listed.write.as_deref().or(default).map(scope);
@@ -277,14 +278,17 @@ impl Options {
         }
         if let Some(path) = &self.token_secret_file {
             let secret = Secret(secret("token-secret-file", path)?);
-            gate.runtime.push(RuntimeTokens::new(Keys::Secret(secret)));
+            gate.runtime
+                .push(Box::new(RuntimeTokens::new(Keys::Secret(secret))));
         }
         if let Some(issuer) = &self.github_tokens {
             let issuer = Issuer::new(issuer, http_client::build(Timeouts::default())?);
-            gate.runtime.push(RuntimeTokens::new(Keys::Issuer(issuer)));
+            gate.runtime
+                .push(Box::new(RuntimeTokens::new(Keys::Issuer(issuer))));
         }
         if self.unchecked_tokens {
-            gate.runtime.push(RuntimeTokens::new(Keys::Unchecked));
+            gate.runtime
+                .push(Box::new(RuntimeTokens::new(Keys::Unchecked)));
         }
         if let Some(path) = &self.forgejo_secret_file {
             gate.forgejo = Some(Proxy::new(secret("forgejo-secret-file", path)?));

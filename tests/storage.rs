@@ -158,7 +158,7 @@ async fn find(store: &EntryStore, key: &str) -> Option<Entry> {
 }
 
 async fn read(store: &EntryStore, entry: u64, first: u64, length: u64) -> Option<Vec<u8>> {
-    let Content::Parts(parts) = store.open(entry).await? else {
+    let Content::Elsewhere(parts) = store.open(entry).await? else {
         panic!("this store has parts");
     };
     let bytes = parts.read(first, length).await.ok()?;

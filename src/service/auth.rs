@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::future::BoxFuture;
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -105,6 +106,12 @@ impl Tokens {
         let position = usize::try_from(found).ok()?.checked_sub(1)?;
         self.known.get(position).map(|(_, access)| access.clone())
     }
+}
+
+/// Checks tokens that others make.
+pub trait TokenCheck: fmt::Debug + Send + Sync {
+    /// What `token` opens; `None` where it opens nothing here.
+    fn access<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Option<Arc<Access>>>;
 }
 
 /// The token of an `Authorization` header.

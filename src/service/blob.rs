@@ -149,7 +149,7 @@ fn upload_refused(error: &StoreError) -> Response {
         | StoreError::Busy
         | StoreError::SizeMismatch { .. }
         | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
-        StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
+        StoreError::Io(_) | StoreError::Behind(_) => {
             (StatusCode::INTERNAL_SERVER_ERROR, "InternalError")
         }
     };
@@ -267,7 +267,9 @@ async fn unreadable<S: Store>(shared: &Shared<S>, entry: u64, error: std::io::Er
 async fn body_of(content: Content, first: u64, length: u64) -> std::io::Result<Body> {
     let (mut file, start) = match content {
         Content::File { file, start, .. } => (file, start),
-        Content::Parts(parts) => return Ok(Body::from_stream(parts.read(first, length).await?)),
+        Content::Elsewhere(content) => {
+            return Ok(Body::from_stream(content.read(first, length).await?));
+        }
         Content::Bytes(bytes) => {
             let range = usize::try_from(first)
                 .ok()

@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use opendal::layers::{RetryLayer, TimeoutLayer};
 use opendal::{Buffer, ErrorKind, HttpTransporter, OperationContext, Operator, services};
 use opendal_http_transport_reqwest::ReqwestTransport;
@@ -17,7 +18,7 @@ use tokio::sync::Semaphore;
 
 use crate::http_client;
 use crate::service::parts::{self, Part, Segment};
-use crate::service::store::{Piece, StoreError};
+use crate::service::store::{Bytestream, Piece, Readable, StoreError};
 
 /// What of a blob is gathered before it is written, in bytes. Most objects of a compiler cache are
 /// smaller, and cost one call.
@@ -307,44 +308,41 @@ impl Parts {
         Self { blobs, parts, size }
     }
 
-    /// Its size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// The `length` bytes from `first` on, which must be within it, as a stream whose first item
-    /// is there already.
-    ///
-    /// # Errors
-    /// Where the first of them cannot be read.
-    pub async fn read(
-        &self,
-        first: u64,
-        length: u64,
-    ) -> std::io::Result<impl Stream<Item = std::io::Result<Bytes>> + Send + use<>> {
+    async fn begin(&self, first: u64, length: u64) -> std::io::Result<Bytestream> {
         let segments = parts::segments(&self.parts, first, length);
         let mut stream = Box::pin(self.blobs.read(segments));
-        let mut begun = Vec::new();
         let ends = || {
             let kind = std::io::ErrorKind::UnexpectedEof;
             std::io::Error::new(kind, "a blob is shorter than its entry says")
         };
-        if length <= READ_AT_ONCE {
-            let mut all = BytesMut::new();
-            while let Some(piece) = stream.try_next().await? {
-                if all.is_empty() && piece.len() as u64 == length {
-                    begun.push(Ok(piece));
-                    return Ok(stream::iter(begun).chain(stream));
-                }
-                all.extend_from_slice(&piece);
-            }
-            if all.len() as u64 != length {
-                return Err(ends());
-            }
-            begun.push(Ok(all.freeze()));
-        } else {
-            begun.push(Ok(stream.try_next().await?.ok_or_else(ends)?));
+        if length > READ_AT_ONCE {
+            let begun = stream.try_next().await?.ok_or_else(ends)?;
+            return Ok(stream::iter([Ok(begun)]).chain(stream).boxed());
         }
-        Ok(stream::iter(begun).chain(stream))
+        let mut pieces: Vec<Bytes> = stream.try_collect().await?;
+        let all = match pieces.len() {
+            1 => pieces.remove(0),
+            _ => pieces.concat().into(),
+        };
+        if all.len() as u64 != length {
+            return Err(ends());
+        }
+        Ok(stream::iter([Ok(all)]).boxed())
+    }
+}
+
+impl Readable for Parts {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, first: u64, length: u64) -> BoxFuture<'_, std::io::Result<Bytestream>> {
+        self.begin(first, length).boxed()
+    }
+}
+
+impl From<opendal::Error> for StoreError {
+    fn from(error: opendal::Error) -> Self {
+        Self::Behind(error.into())
     }
 }

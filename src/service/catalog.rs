@@ -765,6 +765,12 @@ impl Catalog {
     }
 }
 
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Behind(error.into())
+    }
+}
+
 fn sqlite_url(path: &Path) -> String {
     // `?` and `#` end a path in a URL.
     let path = path.to_string_lossy();

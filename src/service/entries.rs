@@ -109,6 +109,9 @@ pub enum OpenError {
     /// The database cannot be used.
     #[error("the database cannot be used: {0}")]
     Catalog(#[from] sqlx::Error),
+    /// What an earlier service left in it cannot be put in order.
+    #[error("the database cannot be used: {}", .0.cause())]
+    Unfinished(#[from] StoreError),
     /// What keeps the blobs cannot be used.
     #[error("the storage of blobs cannot be used: {0}")]
     Blobs(#[from] opendal::Error),
@@ -225,13 +228,7 @@ impl EntryStore {
             .check(&uuid::Uuid::new_v4().simple().to_string())
             .await?;
         if lock.is_some() {
-            catalog
-                .drop_unfinished(clock())
-                .await
-                .map_err(|error| match error {
-                    StoreError::Catalog(error) => error,
-                    error => sqlx::Error::Configuration(error.into()),
-                })?;
+            catalog.drop_unfinished(clock()).await?;
         }
         let inner = Inner {
             catalog,
@@ -578,7 +575,8 @@ impl Store for EntryStore {
             },
         };
         self.used(entry);
-        Some(Content::Parts(Parts::new(self.inner.blobs.clone(), parts)))
+        let content = Parts::new(self.inner.blobs.clone(), parts);
+        Some(Content::Elsewhere(Box::new(content)))
     }
 
     async fn lost(&self, entry: u64) {

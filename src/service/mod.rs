@@ -4,80 +4,49 @@
 //! what is behind them: here `entries`, a `catalog` in a database and `blobs` in a folder or a
 //! bucket, and in a job the packed relay. `docs/cache-service.md` has the numbered behaviours.
 
+#[cfg(feature = "serve")]
+mod alone;
 pub mod auth;
 mod blob;
+#[cfg(feature = "serve")]
 pub mod blobs;
+#[cfg(feature = "serve")]
 pub mod catalog;
 mod counters;
+#[cfg(feature = "serve")]
 pub mod entries;
 pub mod forgejo;
+#[cfg(feature = "serve")]
+mod metrics;
+#[cfg(feature = "serve")]
 pub mod parts;
 pub mod runtime_token;
 pub mod store;
+#[cfg(feature = "serve")]
+pub mod token_check;
 mod v1;
 mod v2;
 
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
-use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::http::HeaderMap;
+use axum::http::header::{AUTHORIZATION, HOST};
 use axum::routing::{any, get, patch, post};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-use tracing::debug;
 
+#[cfg(feature = "serve")]
+pub use crate::service::alone::{Config, DRAIN, Running, SWEEP_EVERY, ServiceError, start};
 pub use crate::service::counters::{Counters, Snapshot};
 
-use crate::service::auth::{Access, BearerToken, Purpose, Tokens, URL_LIFETIME, UrlSigner};
-use crate::service::counters::{Asked, Metrics};
-use crate::service::entries::{EntryStore, Limits, OpenError, Storage, system_clock};
+use crate::service::auth::{
+    Access, BearerToken, Purpose, TokenCheck, Tokens, URL_LIFETIME, UrlSigner,
+};
 use crate::service::forgejo::Proxy;
-use crate::service::runtime_token::RuntimeTokens;
 use crate::service::store::Store;
 
 /// The largest entry, in bytes: what GitHub allows a whole repository.
 pub const ENTRY_LIMIT: u64 = 10 << 30;
-
-/// How long a shutdown waits for requests in flight.
-pub const DRAIN: Duration = Duration::from_secs(30);
-
-/// How often what is too much, too old or abandoned is looked for.
-pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
-
-/// How a service is set up.
-#[derive(Debug)]
-pub struct Config {
-    /// Where entries are kept.
-    pub storage: Storage,
-    /// Where it listens. Port 0 is any free one.
-    pub address: SocketAddr,
-    /// Who it lets in.
-    pub gate: Gate,
-    /// The URL under which clients reach it, without a slash at the end, where that is not the
-    /// host that they ask: behind a proxy that speaks TLS.
-    pub public_url: Option<String>,
-}
-
-impl Config {
-    /// A service on a free port of 127.0.0.1 with its store in `folder`.
-    pub fn on_loopback(folder: impl AsRef<Path>, tokens: Tokens) -> Self {
-        Self {
-            storage: Storage::in_folder(folder.as_ref(), Limits::of_entries(ENTRY_LIMIT)),
-            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-            gate: Gate::from(tokens),
-            public_url: None,
-        }
-    }
-}
 
 /// Who a service lets in: those with a token of its own, jobs with a token of their runner's, jobs
 /// behind a runner of Forgejo's. Each is tried in this order.
@@ -86,7 +55,7 @@ pub struct Gate {
     /// The service's own tokens.
     pub tokens: RwLock<Tokens>,
     /// How tokens of runners are checked; the first that takes one counts.
-    pub runtime: Vec<RuntimeTokens>,
+    pub runtime: Vec<Box<dyn TokenCheck>>,
     /// The secret of Forgejo's runners.
     pub forgejo: Option<Proxy>,
 }
@@ -121,26 +90,6 @@ impl Gate {
         let proxied = self.forgejo.as_ref()?.access(headers, auth::now());
         proxied.map(Arc::new)
     }
-}
-
-/// Why a service did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum ServiceError {
-    /// Its store could not be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// It could not listen where it should.
-    #[error("the cache service cannot listen on {address}: {error}")]
-    Listen {
-        /// Where.
-        address: SocketAddr,
-        /// The system's reason.
-        #[source]
-        error: io::Error,
-    },
-    /// The system has no random numbers for its token.
-    #[error("no random numbers: {0}")]
-    Random(#[from] getrandom::Error),
 }
 
 /// What all requests share.
@@ -235,182 +184,6 @@ pub fn router<S: Store>(shared: Arc<Shared<S>>) -> Router {
         .route("/uploads/{id}", any(blob::upload::<S>))
         .route("/entries/{id}", any(blob::download::<S>))
         .with_state(shared)
-}
-
-/// What a request is called in metrics and log.
-fn name_of(path: &str, request: &Request) -> &'static str {
-    let method = request.method().as_str();
-    match (path, method) {
-        ("/twirp/{service}/{method}", _) => {
-            match request.uri().path().rsplit('/').next().unwrap_or("") {
-                "CreateCacheEntry" => "create",
-                "FinalizeCacheEntryUpload" => "finalize",
-                "GetCacheEntryDownloadURL" => "find",
-                _ => "other",
-            }
-        }
-        ("/_apis/artifactcache/cache", _) => "v1_find",
-        ("/_apis/artifactcache/caches", _) => "v1_reserve",
-        ("/_apis/artifactcache/caches/{id}", "PATCH") => "v1_upload",
-        ("/_apis/artifactcache/caches/{id}", _) => "v1_commit",
-        ("/uploads/{id}", _) => "upload",
-        ("/entries/{id}" | "/_apis/artifactcache/artifacts/{id}", _) => "download",
-        _ => "other",
-    }
-}
-
-/// Notes how long each request took. Neither its query nor its headers are written anywhere: they
-/// have signatures and tokens.
-async fn observe(
-    State(metrics): State<Arc<Metrics>>,
-    path: Option<MatchedPath>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let name = name_of(path.as_ref().map_or("", MatchedPath::as_str), &request);
-    let begun = Instant::now();
-    let answer = next.run(request).await;
-    let seconds = begun.elapsed().as_secs_f64();
-    let status = answer.status().as_u16();
-    metrics.answered(
-        Asked {
-            request: name,
-            status,
-        },
-        seconds,
-    );
-    debug!(request = name, status, seconds, "answered");
-    answer
-}
-
-/// `GET /metrics` and `GET /health` of a service that stands alone; the latter asks the database.
-fn status_routes(store: EntryStore, metrics: Arc<Metrics>) -> Router {
-    let totals = store.clone();
-    let health = get(async move || match store.totals().await {
-        Ok(_) => (StatusCode::OK, "ok\n"),
-        Err(_) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "the database cannot be reached\n",
-        ),
-    });
-    let metrics = get(async move || {
-        let totals = totals.totals().await.unwrap_or_default();
-        match metrics.text(totals) {
-            Ok(text) => {
-                let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                ([(CONTENT_TYPE, kind)], text).into_response()
-            }
-            Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-        }
-    });
-    Router::new()
-        .route("/health", health)
-        .route("/metrics", metrics)
-}
-
-/// A service that runs in this process. It ends when this is dropped; [`Running::shutdown`] lets
-/// requests in flight finish.
-#[derive(Debug)]
-pub struct Running {
-    shared: Arc<Shared<EntryStore>>,
-    stop: Option<oneshot::Sender<()>>,
-    served: JoinHandle<io::Result<()>>,
-    swept: JoinHandle<()>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.served.abort();
-        self.swept.abort();
-    }
-}
-
-/// Starts a service as `config` says.
-///
-/// # Errors
-/// Where its storage or its address cannot be had.
-pub async fn start(config: Config) -> Result<Running, ServiceError> {
-    let Config {
-        storage,
-        address,
-        gate,
-        public_url,
-    } = config;
-    let store = EntryStore::open(&storage, system_clock()).await?;
-    let listen_error = |error| ServiceError::Listen { address, error };
-    let listener = TcpListener::bind(address).await.map_err(listen_error)?;
-    let address = listener.local_addr().map_err(listen_error)?;
-    let signer = store.signer();
-    let shared = Shared {
-        public_url,
-        ..Shared::new(store.clone(), gate, address, signer)
-    };
-    let shared = Arc::new(shared);
-    let metrics = Arc::new(Metrics::of(&shared.counters));
-    let router = router(shared.clone())
-        .layer(middleware::from_fn_with_state(metrics.clone(), observe))
-        .merge(status_routes(store.clone(), metrics));
-    let (stop, stopped) = oneshot::channel();
-    let served = tokio::spawn(
-        axum::serve(listener, router)
-            .with_graceful_shutdown(async move {
-                // A sender that was dropped means the same.
-                let _ = stopped.await;
-            })
-            .into_future(),
-    );
-    let swept = tokio::spawn(async move { store.keep_swept(SWEEP_EVERY).await });
-    Ok(Running {
-        shared,
-        stop: Some(stop),
-        served,
-        swept,
-    })
-}
-
-impl Running {
-    /// Its URL, with a slash at the end as clients expect of `ACTIONS_RESULTS_URL`.
-    pub fn url(&self) -> String {
-        match &self.shared.public_url {
-            Some(url) => format!("{url}/"),
-            None => format!("http://{}/", self.shared.address),
-        }
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.shared.address
-    }
-
-    /// What was asked of it so far.
-    pub fn counters(&self) -> Snapshot {
-        self.shared.counters()
-    }
-
-    /// Waits until it ends by itself, which it does only for an error.
-    ///
-    /// # Errors
-    /// The error.
-    pub async fn ended(&mut self) -> io::Result<()> {
-        (&mut self.served).await.map_err(io::Error::other)?
-    }
-
-    /// Takes no more requests, and ends when those in flight are answered or [`DRAIN`] is over.
-    ///
-    /// # Errors
-    /// Where it had failed before, or requests were cut off.
-    pub async fn shutdown(mut self) -> io::Result<()> {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(());
-        }
-        let ended = tokio::time::timeout(DRAIN, self.ended()).await;
-        self.swept.abort();
-        self.shared.store.close().await;
-        ended.unwrap_or_else(|_| {
-            let waited = format!("requests were cut off after {} s", DRAIN.as_secs());
-            Err(io::Error::new(io::ErrorKind::TimedOut, waited))
-        })
-    }
 }
 
 /// A token for one client that reads and writes the scope called `scope`, and the tokens of a

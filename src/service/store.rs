@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tokio::fs::File;
-
-use crate::service::blobs::Parts;
 
 /// The longest key, in characters (GitHub's documentation of dependency caching).
 pub const KEY_LIMIT: usize = 512;
@@ -103,12 +103,9 @@ pub enum StoreError {
     /// The storage itself failed. Clients are told no more than that; the log says what it was.
     #[error("the storage failed")]
     Io(#[from] io::Error),
-    /// The database failed.
+    /// A database or another service that the storage is on failed.
     #[error("the storage failed")]
-    Catalog(#[from] sqlx::Error),
-    /// What keeps the blobs failed.
-    #[error("the storage failed")]
-    Blobs(#[from] opendal::Error),
+    Behind(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl StoreError {
@@ -116,15 +113,14 @@ impl StoreError {
     pub fn cause(&self) -> String {
         match self {
             Self::Io(error) => error.to_string(),
-            Self::Catalog(error) => error.to_string(),
-            Self::Blobs(error) => error.to_string(),
+            Self::Behind(error) => error.to_string(),
             error => error.to_string(),
         }
     }
 
     /// Logs it where it is the storage that is to blame, not who asked.
     pub fn log(&self) {
-        if matches!(self, Self::Io(_) | Self::Catalog(_) | Self::Blobs(_)) {
+        if matches!(self, Self::Io(_) | Self::Behind(_)) {
             tracing::error!(cause = self.cause(), "a request failed");
         }
     }
@@ -144,8 +140,24 @@ pub enum Content {
         /// The content's size in bytes.
         size: u64,
     },
-    /// Parts that are blobs.
-    Parts(Parts),
+    /// What is elsewhere.
+    Elsewhere(Box<dyn Readable>),
+}
+
+/// A stream of content.
+pub type Bytestream = BoxStream<'static, io::Result<Bytes>>;
+
+/// Content that is not on this machine, or not in one file.
+pub trait Readable: std::fmt::Debug + Send + Sync {
+    /// Its size in bytes.
+    fn size(&self) -> u64;
+
+    /// The `length` bytes from `first` on, which must be within it, as a stream whose first item is
+    /// there already.
+    ///
+    /// # Errors
+    /// Where the first of them cannot be read.
+    fn read(&self, first: u64, length: u64) -> BoxFuture<'_, io::Result<Bytestream>>;
 }
 
 impl Content {
@@ -154,7 +166,7 @@ impl Content {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::File { size, .. } => *size,
-            Self::Parts(parts) => parts.size(),
+            Self::Elsewhere(content) => content.size(),
         }
     }
 }

@@ -59,9 +59,7 @@ impl From<StoreError> for Refusal {
             | StoreError::SizeMismatch { .. }
             | StoreError::NoSuchBlock
             | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
-            StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
-                StatusCode::INTERNAL_SERVER_ERROR
-            }
+            StoreError::Io(_) | StoreError::Behind(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, error)
     }

@@ -173,7 +173,7 @@ impl From<StoreError> for TwirpError {
             | StoreError::NoSuchBlock
             | StoreError::TooLarge { .. }
             | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "invalid_argument"),
-            StoreError::Io(_) | StoreError::Catalog(_) | StoreError::Blobs(_) => {
+            StoreError::Io(_) | StoreError::Behind(_) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "internal")
             }
         };
