@@ -16,4 +16,5 @@ pub mod sccache;
 pub mod serve;
 pub mod service;
 pub mod store;
+pub mod words;
 pub mod wrapper;

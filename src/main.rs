@@ -70,8 +70,10 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Report => {
             let program = std::env::current_exe()?;
-            report::run(&environment, &program, &log()).await;
-            Ok(ExitCode::SUCCESS)
+            match report::run(&environment, &program, &log()).await {
+                report::Outcome::Done => Ok(ExitCode::SUCCESS),
+                report::Outcome::Failed => Ok(ExitCode::FAILURE),
+            }
         }
         Command::Relay => {
             let mut config = Vec::new();
