@@ -5,6 +5,7 @@
 //! in, so that every part can be driven by a test.
 
 pub mod action;
+pub mod caches;
 pub mod cargo;
 pub mod cli;
 pub mod github;
