@@ -662,7 +662,7 @@ mod tests {
             for objects in [false, true] {
                 for merged in [false, true] {
                     let options = PruneOptions { objects, merged, ..unused(days) };
-                    prop_assert!(choose(&[foreign.clone()], &options, &gone, NOW).is_empty());
+                    prop_assert!(choose(std::slice::from_ref(&foreign), &options, &gone, NOW).is_empty());
                 }
             }
         }
