@@ -197,7 +197,7 @@ async fn relay(upstream: &Upstream, folder: &Path) -> (RunningRelay, CacheClient
 }
 
 async fn finish(relay: &RunningRelay) -> Activity {
-    relay.finish(Duration::from_secs(120)).await.unwrap()
+    relay.finish(Duration::from_secs(120), None).await.unwrap()
 }
 
 async fn write(client: &CacheClient, i: u64, bytes: u64) {

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
+use crate::caches::{ListOptions, PruneOptions};
 #[cfg(feature = "serve")]
 use crate::serve::Options;
 
@@ -58,6 +59,29 @@ pub enum Command {
         #[arg(last = true, value_name = "COMMAND")]
         build: Vec<OsString>,
     },
+    /// The statistics of this job's sccache server so far, as a table
+    Stats {
+        /// As Markdown, as the job summary has it
+        #[arg(long, conflicts_with = "json")]
+        markdown: bool,
+        /// As JSON; the documentation of `action::stats::json` says what is in it
+        #[arg(long)]
+        json: bool,
+    },
+    /// The entries of a repository's cache: what there is, and away with what nobody needs
+    #[command(subcommand)]
+    Caches(CachesCommand),
+}
+
+/// What is done with a repository's cache.
+#[derive(Debug, Subcommand)]
+pub enum CachesCommand {
+    /// List this action's packs: size, age, when they were last used
+    List(ListOptions),
+    /// Say which entries would be deleted, and with --yes delete them
+    ///
+    /// What other tools stored is never deleted, but by its exact key.
+    Prune(PruneOptions),
 }
 
 #[cfg(test)]
@@ -69,6 +93,30 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_prune_must_say_what_and_cannot_say_it_twice_over() {
+        for (options, is_right) in [
+            (&[][..], false),
+            (&["--yes"], false),
+            (&["--unused", "7d"], true),
+            (
+                &["--unused", "7d", "--merged", "--namespace", "a", "--yes"],
+                true,
+            ),
+            (&["--objects", "--unused", "1day"], true),
+            (&["--objects", "--namespace", "a"], false),
+            (&["--key", "a", "--key", "b"], true),
+            (&["--key", "a", "--merged"], false),
+        ] {
+            let arguments = ["x", "caches", "prune"].iter().chain(options);
+            assert_eq!(
+                Cli::try_parse_from(arguments).is_ok(),
+                is_right,
+                "{options:?}"
+            );
+        }
     }
 
     #[test]

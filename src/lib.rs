@@ -5,6 +5,7 @@
 //! in, so that every part can be driven by a test.
 
 pub mod action;
+pub mod caches;
 pub mod cargo;
 pub mod cli;
 pub mod github;
@@ -18,4 +19,5 @@ pub mod sccache;
 pub mod serve;
 pub mod service;
 pub mod store;
+pub mod words;
 pub mod wrapper;

@@ -1,7 +1,7 @@
 //! The command line: which part of the library this process is.
 
 use std::ffi::OsString;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,8 +9,9 @@ use clap::Parser;
 use sccache_action::action::environment::Environment;
 use sccache_action::action::setup::Outcome;
 use sccache_action::action::workflow_command::{Log, Reader};
-use sccache_action::action::{report, setup};
-use sccache_action::cli::{Cli, Command};
+use sccache_action::action::{report, setup, stats};
+use sccache_action::caches;
+use sccache_action::cli::{CachesCommand, Cli, Command};
 #[cfg(feature = "serve")]
 use sccache_action::rehearse::{self, Rehearsal};
 use sccache_action::relay;
@@ -42,7 +43,9 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
     let runtime = match command {
-        Command::Setup | Command::Report => tokio::runtime::Builder::new_current_thread(),
+        Command::Setup | Command::Report | Command::Stats { .. } | Command::Caches(_) => {
+            tokio::runtime::Builder::new_current_thread()
+        }
         _ => tokio::runtime::Builder::new_multi_thread(),
     }
     .enable_all()
@@ -70,8 +73,10 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Report => {
             let program = std::env::current_exe()?;
-            report::run(&environment, &program, &log()).await;
-            Ok(ExitCode::SUCCESS)
+            match report::run(&environment, &program, &log()).await {
+                report::Outcome::Done => Ok(ExitCode::SUCCESS),
+                report::Outcome::Failed => Ok(ExitCode::FAILURE),
+            }
         }
         Command::Relay => {
             let mut config = Vec::new();
@@ -83,6 +88,27 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Serve(options) => {
             serve::run(*options).await?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Stats { markdown, json } => {
+            let form = match (markdown, json) {
+                (true, _) => stats::Form::Markdown,
+                (false, true) => stats::Form::Json,
+                (false, false) => stats::Form::Table,
+            };
+            tell(&stats::run(&environment, form).await?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Caches(CachesCommand::List(options)) => {
+            tell(&caches::list(&environment, &options).await?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Caches(CachesCommand::Prune(options)) => {
+            let pruned = caches::prune(&environment, &options).await?;
+            tell(&pruned.text)?;
+            Ok(match pruned.complete {
+                true => ExitCode::SUCCESS,
+                false => ExitCode::FAILURE,
+            })
         }
         #[cfg(feature = "serve")]
         Command::Rehearse {
@@ -117,5 +143,13 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             println!("{}", rehearse::table(&results));
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Prints the outcome of a command. Whoever has read enough of it has not made it fail.
+fn tell(text: &str) -> io::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
     }
 }

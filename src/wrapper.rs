@@ -215,7 +215,8 @@ fn own_failure(why: &str) -> ExitCode {
     ExitCode::from(127)
 }
 
-/// Puts the wrapper into `state`: `program`, the action's binary, under the name `sccache`.
+/// Puts the wrapper into `state`: `program`, the action's binary, under the name `sccache`. Beside it
+/// the same under its own name, so that later steps can call `sccache-action stats`.
 ///
 /// # Errors
 /// Where the file can neither be linked nor copied there.
@@ -229,6 +230,9 @@ pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
     if fs::hard_link(program, &wrapper).is_err() {
         fs::copy(program, &wrapper)?;
     }
+    let command = format!("sccache-action{}", std::env::consts::EXE_SUFFIX);
+    // Builds do without it.
+    let _ = fs::hard_link(&wrapper, wrapper.with_file_name(command));
     Ok(wrapper)
 }
 

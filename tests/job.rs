@@ -121,6 +121,36 @@ fn what_one_job_compiled_the_next_has_from_the_cache() {
 }
 
 #[test]
+fn a_later_step_can_ask_for_the_statistics_in_each_form() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    let job = job_with_service("0.16.0", &service);
+    job.setup().green();
+    job.shell(BUILD).green();
+    let expected = "0 % of 6 compiles came from the cache (0 hits, 6 misses, 0 errors)";
+    let table = job.shell("sccache-action stats").green().stdout;
+    assert!(table.starts_with(expected), "{table}");
+    assert!(table.contains("sccache 0.16.0, mode direct"), "{table}");
+    let markdown = job.shell("sccache-action stats --markdown").green().stdout;
+    assert!(markdown.starts_with("### sccache") && markdown.contains(expected));
+    let json = job.shell("sccache-action stats --json").green().stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["format"], 1);
+    assert_eq!(json["sccache"]["mode"], "direct");
+    assert_eq!(json["compiles"]["lookups"], 6);
+    assert_eq!(json["languages"][0]["misses"], 6);
+    job.report().green();
+    job.server_ends();
+    let none = job.shell("sccache-action stats");
+    assert_ne!(none.status, Some(0));
+    assert!(
+        none.stderr.contains("no sccache server listens"),
+        "{}",
+        none.stderr
+    );
+}
+
+#[test]
 fn sccaches_before_version_2_of_the_service_work_through_version_1() {
     let store = tempfile::tempdir().unwrap();
     let service = Service::start(store.path());

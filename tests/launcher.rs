@@ -177,13 +177,17 @@ fn a_crash_leaves_the_job_green_unless_the_user_wants_it_red() {
 }
 
 #[test]
-fn a_failure_that_the_step_must_show_fails_the_main_step_only() {
+fn a_failure_that_must_be_shown_fails_the_main_step_and_where_the_user_wants_it_the_post_step() {
     let launcher = Launcher::with_script("echo '::error::bad input'; exit 1");
-    let job = Job::new();
+    let mut job = Job::new();
     let main = launcher.main(&job);
     assert_eq!((main.status, main.errors().len()), (Some(1), 1));
     assert!(main.warnings().is_empty());
     launcher.post(&job).green();
+    job.set("INPUT_ON-FAILURE", "fail");
+    let post = launcher.post(&job);
+    assert_eq!((post.status, post.errors().len()), (Some(1), 1));
+    assert!(post.warnings().is_empty());
 }
 
 #[test]

@@ -189,6 +189,69 @@ fn jobs_that_run_at_the_same_time_and_a_pull_request_end_with_the_union() {
     assert_says(&run(&on_main("three", "102")), WARM);
 }
 
+/// A job of twelve files, of which so many were never compiled before.
+fn job_of_twelve(upstream: &Upstream, run: usize, new: usize) -> Job {
+    let mut job = job("0.16.0", upstream);
+    job.set("INPUT_MIN-HIT-RATE", "90");
+    for i in 1..=12 {
+        let value = if i <= new { run * 100 + i } else { i };
+        write_source(&job, i, &value.to_string());
+    }
+    job
+}
+
+fn build_and_report(job: &Job) -> Step {
+    job.setup().green();
+    let build = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sccache gcc -c $i.c -o $i.o; done";
+    job.shell(build).green();
+    let report = job.report();
+    job.server_ends();
+    report
+}
+
+#[test]
+fn a_hit_rate_is_shown_beside_the_last_ones_and_judged_from_the_second_run_on() {
+    let upstream = Upstream::start(Options::default());
+    // Nothing can be in the cache for a first run.
+    let job = job_of_twelve(&upstream, 1, 0);
+    let report = build_and_report(&job).green();
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert!(!job.file("GITHUB_STEP_SUMMARY").contains("last run"));
+    let before = upstream.counts();
+    let job = job_of_twelve(&upstream, 2, 6);
+    let report = build_and_report(&job).green();
+    assert_eq!(report.warnings().len(), 1, "{}", report.stdout);
+    let low = "Only 50.0 %25 of 12 compiles came from the cache; `min-hit-rate` asks for 90 %25.";
+    assert_says(&report, low);
+    let after = |job: &Job, rate: &str| {
+        let summary = job.file("GITHUB_STEP_SUMMARY");
+        let expected = format!("after {rate} of 12 compiles in the last run of this job");
+        assert!(summary.contains(&expected), "{summary}");
+    };
+    after(&job, "0 %");
+    // What is told of a run travels with its packs.
+    let requests = upstream.counts().since(&before).requests();
+    assert!(requests <= 6, "{requests} requests");
+    let mut job = job_of_twelve(&upstream, 3, 3);
+    job.set("INPUT_ON-FAILURE", "fail");
+    let report = build_and_report(&job);
+    assert_eq!(report.status, Some(1), "{}", report.stdout);
+    assert_eq!((report.errors().len(), report.warnings().len()), (1, 0));
+    after(&job, "50.0 %");
+    let mut job = job_of_twelve(&upstream, 4, 1);
+    let token = upstream.token_for(Some("refs/pull/1/merge"), &["refs/heads/main"]);
+    job.set("ACTIONS_RUNTIME_TOKEN", token);
+    let report = build_and_report(&job).green();
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    after(&job, "75.0 %");
+    // Another job has no earlier run, whatever is in the packs.
+    let mut job = job_of_twelve(&upstream, 5, 12);
+    job.set("GITHUB_JOB", "another");
+    let report = build_and_report(&job).green();
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert!(!job.file("GITHUB_STEP_SUMMARY").contains("last run"));
+}
+
 #[test]
 fn namespaces_do_not_see_each_other() {
     let upstream = Upstream::start(Options::default());

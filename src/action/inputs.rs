@@ -72,7 +72,10 @@ pub struct Inputs {
     pub summary: bool,
     /// Whether there is to be an annotation.
     pub annotations: bool,
-    /// What becomes of the step when sccache cannot be set up.
+    /// The hit rate, in percent, below which the post step warns; `None` where it never does.
+    pub min_hit_rate: Option<f64>,
+    /// What becomes of the step when sccache cannot be set up, and of the post step when the hit
+    /// rate is too low.
     pub on_failure: OnFailure,
 }
 
@@ -143,6 +146,7 @@ impl Inputs {
             cargo_workspaces: cargo_workspaces(text("cargo-workspaces").unwrap_or_default())?,
             summary: boolean(environment, "summary")?.unwrap_or(true),
             annotations: !boolean(environment, "disable_annotations")?.unwrap_or(false),
+            min_hit_rate: text("min-hit-rate").map(min_hit_rate).transpose()?,
             on_failure: on_failure(text("on-failure").unwrap_or("warn"))?,
         })
     }
@@ -255,6 +259,17 @@ fn max_size(text: &str) -> Result<u64, InputError> {
         })
 }
 
+fn min_hit_rate(text: &str) -> Result<f64, InputError> {
+    let number = text.strip_suffix('%').unwrap_or(text).trim_end();
+    // What a float may also be, such as `inf` and `1e1`, is no percentage.
+    let plain = number.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let rate = number.parse().ok().filter(|rate| plain && *rate <= 100.0);
+    rate.ok_or_else(|| {
+        let accepts = "it accepts a percentage from 0 to 100, such as `80`";
+        bad("min-hit-rate", text, accepts)
+    })
+}
+
 /// The longest namespace. It becomes a part of each entry's version, which is hashed; the limit is
 /// there for those who read it in logs.
 const NAMESPACE_LIMIT: usize = 128;
@@ -359,6 +374,11 @@ mod tests {
             ("summary", "1", "false"),
             ("disable_annotations", "on", "false"),
             ("on-failure", "stop", "warn"),
+            ("min-hit-rate", "high", "100"),
+            ("min-hit-rate", "101", "100"),
+            ("min-hit-rate", "-1", "100"),
+            ("min-hit-rate", "inf", "100"),
+            ("min-hit-rate", "%", "100"),
         ] {
             let error = Inputs::parse(&with(input, value)).unwrap_err();
             let message = error.to_string();
@@ -378,6 +398,16 @@ mod tests {
         );
         let inputs = Inputs::parse(&with("wrap", "rust c,cuda")).unwrap();
         assert!(inputs.wrap.rust && inputs.wrap.c && inputs.wrap.cuda);
+    }
+
+    #[test]
+    fn a_hit_rate_is_a_percentage_with_and_without_its_sign() {
+        for (text, expected) in [("0", 0.0), ("80", 80.0), ("99.5 %", 99.5), ("100%", 100.0)] {
+            let inputs = Inputs::parse(&with("min-hit-rate", text)).unwrap();
+            assert_eq!(inputs.min_hit_rate, Some(expected), "{text}");
+        }
+        let inputs = Inputs::parse(&Environment::default()).unwrap();
+        assert_eq!(inputs.min_hit_rate, None);
     }
 
     #[derive(serde::Deserialize)]
@@ -420,6 +450,7 @@ mod tests {
                 "install-from",
                 "matrix",
                 "max-size",
+                "min-hit-rate",
                 "mirror",
                 "mode",
                 "namespace",

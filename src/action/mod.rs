@@ -11,6 +11,7 @@ pub mod report;
 pub mod runner_files;
 pub mod scopes;
 pub mod setup;
-mod state;
+pub mod state;
+pub mod stats;
 pub mod summary;
 pub mod workflow_command;

@@ -3,11 +3,14 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::action::environment::Environment;
 use crate::http_client::is_on_loopback;
 
 /// Where sccache keeps its objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// In GitHub's cache service (or one that speaks like it), many objects in a cache entry.
     Packed,

@@ -16,6 +16,7 @@ use crate::relay::process::{self, RunningRelay};
 use crate::sccache::state::StateDir;
 use crate::service::auth::BearerToken;
 use crate::store::flush::Limits;
+use crate::store::index::Ran;
 
 /// What is said of a job whose token may not write.
 pub const READ_ONLY_TOKEN: &str =
@@ -39,7 +40,7 @@ impl StartedRelay {
     /// Ends a relay that is not needed.
     pub async fn stop(&self) {
         // One that does not answer ends by itself, and holds nothing.
-        let _ = self.running.finish(Duration::ZERO).await;
+        let _ = self.running.finish(Duration::ZERO, None).await;
     }
 }
 
@@ -94,7 +95,8 @@ pub async fn start(
     })
 }
 
-/// Has another relay save what is on sccache's disk, where the one of the job died.
+/// Has another relay save what is on sccache's disk within `limit`, where the one of the job died,
+/// and what came of the run.
 ///
 /// # Errors
 /// Why that is not done, in words.
@@ -103,7 +105,7 @@ pub async fn replace(
     inputs: &Inputs,
     program: &Path,
     state_dir: &StateDir,
-    limit: Duration,
+    (limit, ran): (Duration, Option<Ran>),
     log: &Log,
 ) -> Result<Activity, String> {
     let disk_level = state_dir.disk_level();
@@ -122,6 +124,6 @@ pub async fn replace(
         relay.stop().await;
         return Err(error.to_string());
     }
-    let finished = relay.running.finish(limit).await;
+    let finished = relay.running.finish(limit, ran).await;
     finished.map_err(|error| error.to_string())
 }

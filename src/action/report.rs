@@ -1,5 +1,5 @@
 //! The post step: asks sccache how it went, tells the job's users, and stops the server. Whatever
-//! goes wrong here, the job stays as it is.
+//! goes wrong here, the job stays as it is, unless the user has set a hit rate to be reached.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use crate::action::environment::Environment;
-use crate::action::inputs::Inputs;
+use crate::action::inputs::{Inputs, OnFailure};
 use crate::action::relay;
 use crate::action::runner_files::RunnerFiles;
 use crate::action::state::{Setup, State};
@@ -18,6 +18,8 @@ use crate::action::workflow_command::Log;
 use crate::relay::activity::Activity;
 use crate::sccache::server::Server;
 use crate::sccache::stats::Stats;
+use crate::service::auth;
+use crate::store::index::Ran;
 
 const TITLE: &str = "sccache";
 
@@ -39,8 +41,17 @@ const SAVE_LIMIT: Duration = Duration::from_secs(120);
 /// How much of the end of the server's log is shown, in bytes.
 const LOG_SHOWN: u64 = 16 * 1024;
 
+/// What becomes of the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is green, whatever went wrong.
+    Done,
+    /// It is red: the hit rate is lower than the user wants, and the user asked for strictness.
+    Failed,
+}
+
 /// Runs the step. `program` is the path of this process's binary.
-pub async fn run(environment: &Environment, program: &Path, log: &Log) {
+pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcome {
     for secret in ["INPUT_TOKEN", "ACTIONS_RUNTIME_TOKEN"] {
         if let Some(secret) = environment.get(secret) {
             log.mask(secret);
@@ -48,20 +59,52 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) {
     }
     let files = RunnerFiles::of(environment);
     // The main step has said what is wrong with an input.
-    let (summary, annotations) = Inputs::parse(environment)
-        .map_or((true, true), |inputs| (inputs.summary, inputs.annotations));
+    let wishes = Inputs::parse(environment).map_or_else(|_| Wishes::default(), Wishes::of);
     match Setup::of(environment) {
         None => log.info("sccache was not set up in this job; there is nothing to report."),
         Some(Setup::Failed { reason }) => {
             log.info(format!("sccache was not used in this job: {reason}"));
-            if summary {
+            if wishes.summary {
                 add_to_summary(&files, &summary::without_sccache(&reason), log);
             }
         }
         Some(Setup::Done(state)) => {
             let mut ending = end(&state, log).await;
-            ending.relay = end_relay(&state, environment, program, log).await;
-            tell(&state, &ending, &files, (summary, annotations), log);
+            let ran = ending.ran();
+            ending.relay = end_relay(&state, environment, program, ran, log).await;
+            return tell(&state, &ending, &files, &wishes, log);
+        }
+    }
+    Outcome::Done
+}
+
+/// What the user wants of the report.
+#[derive(Clone, Debug)]
+struct Wishes {
+    summary: bool,
+    annotations: bool,
+    min_hit_rate: Option<f64>,
+    on_failure: OnFailure,
+}
+
+impl Default for Wishes {
+    fn default() -> Self {
+        Self {
+            summary: true,
+            annotations: true,
+            min_hit_rate: None,
+            on_failure: OnFailure::Warn,
+        }
+    }
+}
+
+impl Wishes {
+    fn of(inputs: Inputs) -> Self {
+        Self {
+            summary: inputs.summary,
+            annotations: inputs.annotations,
+            min_hit_rate: inputs.min_hit_rate,
+            on_failure: inputs.on_failure,
         }
     }
 }
@@ -72,6 +115,19 @@ struct Ending {
     raw_stats: String,
     server_log: String,
     relay: Option<Result<Activity, String>>,
+}
+
+impl Ending {
+    /// What the next run's summary shows of this one; nothing where nothing was looked up.
+    fn ran(&self) -> Option<Ran> {
+        let stats = self.stats.as_ref().ok()?;
+        let ran = Ran {
+            ended: auth::now(),
+            hits: stats.hits(),
+            lookups: stats.lookups(),
+        };
+        (ran.lookups > 0).then_some(ran)
+    }
 }
 
 async fn end(state: &State, log: &Log) -> Ending {
@@ -106,10 +162,11 @@ async fn end_relay(
     state: &State,
     environment: &Environment,
     program: &Path,
+    ran: Option<Ran>,
     log: &Log,
 ) -> Option<Result<Activity, String>> {
     let relay = state.relay.as_ref()?;
-    let gone = match relay.finish(SAVE_LIMIT).await {
+    let gone = match relay.finish(SAVE_LIMIT, ran).await {
         Ok(activity) => return Some(Ok(activity)),
         Err(error) => error.to_string(),
     };
@@ -120,7 +177,8 @@ async fn end_relay(
         return Some(Err(gone));
     };
     let state_dir = &state.state_dir;
-    let replaced = relay::replace(environment, &inputs, program, state_dir, SAVE_LIMIT, log);
+    let last = (SAVE_LIMIT, ran);
+    let replaced = relay::replace(environment, &inputs, program, state_dir, last, log);
     Some(match replaced.await {
         Ok(mut activity) => {
             activity.troubles += 1;
@@ -202,9 +260,9 @@ fn tell(
     state: &State,
     ending: &Ending,
     files: &RunnerFiles,
-    (summary, annotations): (bool, bool),
+    wishes: &Wishes,
     log: &Log,
-) {
+) -> Outcome {
     let reason = state.state_dir.first_uncached_reason();
     let report = Report {
         version: &state.version,
@@ -220,19 +278,26 @@ fn tell(
             .relay
             .as_ref()
             .map(|relay| relay.as_ref().map_err(String::as_str)),
+        min_hit_rate: wishes.min_hit_rate,
+        now: auth::now(),
     };
     log.group("sccache statistics", summary::log_text(&report));
     if !ending.server_log.trim().is_empty() {
         log.group("The sccache server's log", ending.server_log.trim());
     }
-    if summary {
+    if wishes.summary {
         add_to_summary(files, &log.redact(&summary::markdown(&report)), log);
+    }
+    if wishes.on_failure == OnFailure::Fail && summary::shortfall(&report).is_some() {
+        log.error(TITLE, summary::annotation(&report));
+        return Outcome::Failed;
     }
     if summary::is_troubled(&report) {
         log.warning(TITLE, summary::annotation(&report));
-    } else if annotations {
+    } else if wishes.annotations {
         log.notice(TITLE, summary::annotation(&report));
     }
+    Outcome::Done
 }
 
 fn add_to_summary(files: &RunnerFiles, markdown: &str, log: &Log) {

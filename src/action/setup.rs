@@ -548,7 +548,7 @@ fn publish(
     ready: &Ready,
     files: &RunnerFiles,
 ) -> Result<(), SetupError> {
-    let setup = Setup::Done(State {
+    let state = State {
         state_dir: ready.state_dir.clone(),
         port: ready.server.port(),
         mode: ready.mode,
@@ -556,7 +556,10 @@ fn publish(
         cache_location: ready.cache_location.clone(),
         read_only: ready.read_only,
         relay: ready.relay.as_ref().map(|relay| relay.running.clone()),
-    });
+    };
+    // Without it `stats` and `doctor` only have less to say.
+    let _ = ready.state_dir.set_about(&state.about());
+    let setup = Setup::Done(state);
     let has_disk_level = ready.relay.is_some() && ready.installed.version >= CHAIN_SINCE;
     let disk_level = has_disk_level.then(|| ready.state_dir.disk_level());
     let told = || {

@@ -1,6 +1,9 @@
-//! What the main step leaves for the post step through the runner: `STATE_` variables.
+//! What the main step leaves: for the post step through the runner, as `STATE_` variables; for
+//! commands that a person runs in later steps, in the state folder.
 
 use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
 
 use crate::action::environment::Environment;
 use crate::action::mode::Mode;
@@ -38,6 +41,60 @@ pub struct State {
     pub read_only: bool,
     /// The relay, in mode `packed`.
     pub relay: Option<RunningRelay>,
+}
+
+/// What any step of the job may know of its set-up: all of [`State`] but what opens the relay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// sccache's version.
+    pub version: String,
+    /// Where objects are kept.
+    pub mode: Mode,
+    /// The cache location in sccache's words.
+    pub cache_location: String,
+    /// Whether objects are only read.
+    pub read_only: bool,
+    /// The server's port on 127.0.0.1.
+    pub port: u16,
+    /// The relay's, in mode `packed`.
+    pub relay_port: Option<u16>,
+}
+
+impl State {
+    /// What any step may know.
+    pub fn about(&self) -> About {
+        About {
+            version: self.version.clone(),
+            mode: self.mode,
+            cache_location: self.cache_location.clone(),
+            read_only: self.read_only,
+            port: self.port,
+            relay_port: self.relay.as_ref().map(|relay| relay.port),
+        }
+    }
+}
+
+/// A job's set-up as a later step finds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its folder.
+    pub state_dir: StateDir,
+    /// What it left there; `None` where it did not come that far.
+    pub about: Option<About>,
+}
+
+impl Found {
+    /// The set-up that the exported variables name; `None` where they name none.
+    pub fn of(environment: &Environment) -> Option<Self> {
+        let wrapper = environment.path("SCCACHE_PATH")?;
+        let state_dir = StateDir::of_wrapper(&wrapper)?;
+        // Any program may be called so.
+        let is_ours = state_dir.sccache().is_some() && state_dir.wrapper() == wrapper;
+        is_ours.then(|| Self {
+            about: state_dir.about(),
+            state_dir,
+        })
+    }
 }
 
 const FOLDER: &str = "state-dir";
@@ -105,6 +162,34 @@ impl Setup {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_later_step_finds_the_set_up_and_not_what_opens_the_relay() {
+        let parent = tempfile::tempdir().unwrap();
+        let state_dir = StateDir::create(parent.path(), Some(std::path::Path::new("/x"))).unwrap();
+        let state = State {
+            state_dir: state_dir.clone(),
+            port: 4711,
+            mode: Mode::Packed,
+            version: "0.16.0".to_owned(),
+            cache_location: "somewhere".to_owned(),
+            read_only: false,
+            relay: Some(RunningRelay {
+                port: 4712,
+                control_token: BearerToken::new("hunter2"),
+            }),
+        };
+        state_dir.set_about(&state.about()).unwrap();
+        let wrapper = state_dir.wrapper().display().to_string();
+        let found = Found::of(&Environment::from_iter([("SCCACHE_PATH", wrapper)])).unwrap();
+        assert_eq!(found.about, Some(state.about()));
+        for entry in std::fs::read_dir(state_dir.root()).unwrap().flatten() {
+            let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            assert!(!text.contains("hunter2"), "{entry:?}");
+        }
+        let others = Environment::from_iter([("SCCACHE_PATH", "/usr/bin/sccache")]);
+        assert_eq!(Found::of(&others), None);
+    }
 
     #[test]
     fn the_post_step_reads_what_the_main_step_left() {

@@ -9,12 +9,17 @@ use crate::action::mode::Mode;
 use crate::relay::activity::Activity;
 use crate::relay::cargo::CargoActivity;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats};
+use crate::words::{age, counted, percent, size, thousands, time};
 
 /// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
 const SUMMARY_LIMIT: usize = 256 * 1024;
 
 /// How many of a list's items are shown.
 const SHOWN: usize = 25;
+
+/// How many compiles a job must have looked up for its hit rate to be judged: in fewer, one more or
+/// less is a difference of ten percent and more.
+const COMPILES_TO_JUDGE: u64 = 10;
 
 /// All that is known at the end of a job.
 #[derive(Clone, Debug)]
@@ -39,6 +44,10 @@ pub struct Report<'a> {
     pub server_log: &'a str,
     /// What the relay did, or why that is not known; `None` where there was none.
     pub relay: Option<Result<&'a Activity, &'a str>>,
+    /// The hit rate, in percent, that the user wants at least.
+    pub min_hit_rate: Option<f64>,
+    /// The time, in seconds since 1970.
+    pub now: u64,
 }
 
 /// The one line that says it all.
@@ -73,6 +82,48 @@ pub fn verdict(report: &Report<'_>) -> String {
     text
 }
 
+/// What is wrong with the hit rate, in a sentence, where it is lower than the user wants and can be
+/// judged.
+///
+/// A first run cannot, as nothing is in the cache for it. In mode `packed` it is known by that the
+/// packs tell of no earlier run of the same job. In other modes nobody tells, and a run without any
+/// hit might be one.
+pub fn shortfall(report: &Report<'_>) -> Option<String> {
+    let wanted = report.min_hit_rate?;
+    let stats = report.stats.ok()?;
+    let rate = stats.hit_rate()?;
+    let is_first = match report.relay {
+        Some(Ok(activity)) => activity.previous.is_none(),
+        Some(Err(_)) | None => stats.hits() == 0,
+    };
+    if is_first || stats.lookups() < COMPILES_TO_JUDGE || rate * 100.0 >= wanted {
+        return None;
+    }
+    Some(format!(
+        "Only {} of {} came from the cache; `min-hit-rate` asks for {wanted} %.",
+        percent(rate),
+        counted(stats.lookups(), "compile"),
+    ))
+}
+
+/// The hit rate beside that of an earlier run of the same job, where there was one.
+fn trend(report: &Report<'_>) -> Option<String> {
+    let rate = report.stats.ok()?.hit_rate()?;
+    let before = report.relay?.ok()?.previous?;
+    let rate_before = before.hit_rate()?;
+    let since = Duration::from_secs(report.now.saturating_sub(before.ended));
+    let when = match since.as_secs() {
+        0..60 => "just before".to_owned(),
+        _ => format!("{} before", age(since)),
+    };
+    Some(format!(
+        "Hit rate: {}, after {} of {} in the last run of this job that saved anything ({when})",
+        percent(rate),
+        percent(rate_before),
+        counted(before.lookups, "compile"),
+    ))
+}
+
 /// The text of the annotation.
 pub fn annotation(report: &Report<'_>) -> String {
     let mut text = format!("sccache {}: {}.", report.version, verdict(report));
@@ -89,7 +140,7 @@ pub fn is_troubled(report: &Report<'_>) -> bool {
 
 /// What went wrong, each in a sentence.
 fn troubles(report: &Report<'_>) -> Vec<String> {
-    let mut troubles = Vec::new();
+    let mut troubles: Vec<String> = shortfall(report).into_iter().collect();
     if report.uncached > 0 {
         let why = report.uncached_reason.unwrap_or("its server was gone");
         troubles.push(format!(
@@ -271,6 +322,9 @@ fn why_nothing_was_hit(report: &Report<'_>) -> Option<&'static str> {
 /// The job summary.
 pub fn markdown(report: &Report<'_>) -> String {
     let mut text = format!("### sccache\n\n**{}.**\n\n", escape(&verdict(report)));
+    if let Some(trend) = trend(report) {
+        let _ = writeln!(text, "{trend}.\n");
+    }
     if let Some(hint) = why_nothing_was_hit(report) {
         let _ = writeln!(text, "{hint}\n");
     }
@@ -464,6 +518,9 @@ fn longest_run_of_backticks(text: &str) -> usize {
 /// The report as plain text.
 pub fn log_text(report: &Report<'_>) -> String {
     let mut text = format!("{}.\n", verdict(report));
+    if let Some(trend) = trend(report) {
+        let _ = writeln!(text, "{trend}.");
+    }
     if let Some(hint) = why_nothing_was_hit(report) {
         let _ = writeln!(text, "{hint}");
     }
@@ -571,78 +628,13 @@ fn code(text: &str) -> String {
     format!("<code>{}</code>", escape(text))
 }
 
-/// A count with its noun.
-fn counted(count: u64, noun: &str) -> String {
-    let plural = match count {
-        1 => "",
-        _ if noun.ends_with('s') => "es",
-        _ => "s",
-    };
-    format!("{} {noun}{plural}", thousands(count))
-}
-
-/// A number with its thousands apart.
-fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (position, digit) in digits.chars().enumerate() {
-        if position > 0 && (digits.len() - position).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A number of bytes in the unit that suits it.
-fn size(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 3] = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
-    let unit = UNITS.into_iter().find(|(_, unit)| bytes >= *unit);
-    unit.map_or_else(
-        || format!("{bytes} bytes"),
-        |(name, unit)| format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
-    )
-}
-
-/// A rate from 0 to 1 in percent. 100 % and 0 % are said only where they are exact.
-fn percent(rate: f64) -> String {
-    let percent = rate * 100.0;
-    let shown = if rate >= 1.0 || rate <= 0.0 {
-        format!("{percent:.0}")
-    } else {
-        format!("{:.1}", percent.clamp(0.1, 99.9))
-    };
-    format!("{shown} %")
-}
-
-/// A time in the unit that suits it.
-fn time(time: Duration) -> String {
-    let seconds = time.as_secs_f64();
-    if seconds < 0.000_5 {
-        format!("{} µs", time.as_micros())
-    } else if seconds < 0.01 {
-        format!("{:.1} ms", seconds * 1e3)
-    } else if seconds < 1.0 {
-        format!("{:.0} ms", seconds * 1e3)
-    } else if seconds < 60.0 {
-        format!("{seconds:.1} s")
-    } else if seconds < 3600.0 {
-        format!("{} min {} s", time.as_secs() / 60, time.as_secs() % 60)
-    } else {
-        format!(
-            "{} h {} min",
-            time.as_secs() / 3600,
-            time.as_secs() % 3600 / 60
-        )
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::github::cache_client::RequestCounts;
+    use crate::store::index::Ran;
 
     fn report<'a>(stats: Result<&'a Stats, &'a str>, raw_stats: &'a str) -> Report<'a> {
         Report {
@@ -656,8 +648,12 @@ mod tests {
             uncached_reason: None,
             server_log: "",
             relay: None,
+            min_hit_rate: None,
+            now: NOW,
         }
     }
+
+    const NOW: u64 = 1_800_000_000;
 
     fn folder() -> std::path::PathBuf {
         std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -768,6 +764,90 @@ mod tests {
         assert!(!is_troubled(&with(Ok(&passed))));
     }
 
+    fn ran(hits: u64, lookups: u64, ago: u64) -> Option<Ran> {
+        Some(Ran {
+            ended: NOW - ago,
+            hits,
+            lookups,
+        })
+    }
+
+    #[test]
+    fn a_hit_rate_is_judged_where_it_can_be_and_reaches_what_was_asked_for_exactly() {
+        let wanted = |percent| Report {
+            min_hit_rate: percent,
+            ..report(Err(""), "")
+        };
+        let first = activity();
+        let later = Activity {
+            previous: ran(0, 20, 60),
+            ..activity()
+        };
+        for (hits, misses, percent, relay, falls_short) in [
+            (7, 13, None, Some(&later), false),
+            (7, 13, Some(35.0), Some(&later), false),
+            (7, 13, Some(35.1), Some(&later), true),
+            (0, 20, Some(1.0), Some(&later), true),
+            (0, 20, Some(0.0), Some(&later), false),
+            // A first run, and too few.
+            (0, 20, Some(90.0), Some(&first), false),
+            (19, 1, Some(99.0), Some(&first), false),
+            (0, 9, Some(90.0), Some(&later), false),
+            (0, 10, Some(90.0), Some(&later), true),
+            // Without packs, what may be a first run is none.
+            (0, 20, Some(90.0), None, false),
+            (1, 19, Some(90.0), None, true),
+        ] {
+            let stats = stats(hits, misses, 0, 0);
+            let report = Report {
+                stats: Ok(&stats),
+                relay: relay.map(Ok),
+                ..wanted(percent)
+            };
+            let text = shortfall(&report);
+            assert_eq!(text.is_some(), falls_short, "{hits} {misses} {percent:?}");
+            assert_eq!(is_troubled(&report), falls_short);
+        }
+        let stats = stats(1_000, 3_000, 0, 0);
+        let report = Report {
+            stats: Ok(&stats),
+            ..wanted(Some(99.5))
+        };
+        let expected =
+            "Only 25.0 % of 4,000 compiles came from the cache; `min-hit-rate` asks for 99.5 %.";
+        assert_eq!(shortfall(&report).as_deref(), Some(expected));
+        let gone = Report {
+            relay: Some(Err("gone")),
+            ..report.clone()
+        };
+        assert!(annotation(&gone).contains(expected));
+    }
+
+    #[test]
+    fn an_earlier_run_is_shown_beside_this_one_and_nothing_where_there_was_none() {
+        let stats = stats(3, 1, 0, 0);
+        let with = |previous| Activity {
+            previous,
+            ..activity()
+        };
+        let shown = |activity: &Activity| {
+            let report = Report {
+                relay: Some(Ok(activity)),
+                ..report(Ok(&stats), "")
+            };
+            (markdown(&report), log_text(&report))
+        };
+        let (markdown, log) = shown(&with(ran(9, 10, 3 * 3600)));
+        let expected = "Hit rate: 75.0 %, after 90.0 % of 10 compiles in the last run of this job \
+                        that saved anything (3 h before).\n";
+        assert!(markdown.contains(expected), "{markdown}");
+        assert!(log.contains(expected), "{log}");
+        for previous in [None, ran(0, 0, 60)] {
+            let (markdown, log) = shown(&with(previous));
+            assert!(!markdown.contains("last run") && !log.contains("last run"));
+        }
+    }
+
     #[test]
     fn a_server_that_was_gone_is_said_with_what_it_cost() {
         let report = Report {
@@ -850,23 +930,6 @@ mod tests {
         };
         assert!(markdown(&local).contains("this machine's disk only"));
         assert!(markdown(&report(Ok(&stats), "")).contains("first job with this cache"));
-    }
-
-    #[test]
-    fn times_are_in_the_unit_that_suits_them() {
-        let shown = [20, 1_500, 40_000, 1_500_000, 61_000_000, 3_660_000_000]
-            .map(|microseconds| time(Duration::from_micros(microseconds)));
-        assert_eq!(
-            shown,
-            [
-                "20 µs",
-                "1.5 ms",
-                "40 ms",
-                "1.5 s",
-                "1 min 1 s",
-                "1 h 1 min"
-            ]
-        );
     }
 
     proptest! {

@@ -17,8 +17,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use reqwest::header::{
-    ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, HeaderMap, LOCATION, RANGE,
-    RETRY_AFTER,
+    ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, LOCATION, RANGE,
 };
 use reqwest::redirect::Policy;
 use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
@@ -1079,7 +1078,7 @@ fn refusal(
     if asked != Asked::Content && problem.is_denial() {
         return CacheError::Denied(text());
     }
-    let retry_after = retry_after(&answer.headers, now);
+    let retry_after = http_client::retry_after(&answer.headers, now, WAIT_LIMIT);
     match answer.status {
         StatusCode::TOO_MANY_REQUESTS => CacheError::Throttled { retry_after },
         StatusCode::SERVICE_UNAVAILABLE if retry_after.is_some() => {
@@ -1153,24 +1152,6 @@ fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
     Some(text)
 }
 
-/// How long the sender of `headers` asks to wait (RFC 9110, 10.2.3): seconds, or a time by its own
-/// clock.
-fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let text = |name| headers.get(name)?.to_str().ok().map(str::trim);
-    let value = text(RETRY_AFTER)?;
-    if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // So many digits that they are no number mean very long, too.
-        let seconds = value.parse().unwrap_or(u64::MAX);
-        return Some(Duration::from_secs(seconds).min(WAIT_LIMIT));
-    }
-    let until = httpdate::parse_http_date(value).ok()?;
-    let now = text(DATE)
-        .and_then(|date| httpdate::parse_http_date(date).ok())
-        .unwrap_or(now);
-    let wait = until.duration_since(now).unwrap_or_default();
-    Some(wait.min(WAIT_LIMIT))
-}
-
 /// What a `Content-Range` says of an answer's content. All in bytes, and `last` is part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct ContentRange {
@@ -1224,7 +1205,7 @@ fn printable(text: &str, token: &str) -> String {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use reqwest::header::{HeaderName, HeaderValue};
+    use reqwest::header::{HeaderName, HeaderValue, RETRY_AFTER};
 
     use super::*;
 
@@ -1326,35 +1307,6 @@ mod tests {
             (name.clone(), HeaderValue::from_str(value).unwrap())
         };
         pairs.iter().map(pair).collect()
-    }
-
-    #[test]
-    fn a_wait_is_read_in_seconds_and_as_a_time() {
-        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
-        for (value, expected) in [
-            ("0", Some(0)),
-            (" 120 ", Some(120)),
-            ("86401", Some(86400)),
-            ("99999999999999999999999999", Some(86400)),
-            ("Sun, 06 Nov 1994 08:50:07 GMT", Some(30)),
-            ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
-            ("Sat, 06 Nov 2094 08:00:00 GMT", Some(86400)),
-            ("", None),
-            ("-1", None),
-            ("1.5", None),
-            ("soon", None),
-        ] {
-            let headers = headers(&[(RETRY_AFTER, value)]);
-            let expected = expected.map(Duration::from_secs);
-            assert_eq!(retry_after(&headers, now), expected, "{value}");
-        }
-        assert_eq!(retry_after(&HeaderMap::new(), now), None);
-        // What counts is the clock of the one who names the time.
-        let headers = headers(&[
-            (RETRY_AFTER, "Sun, 06 Nov 1994 09:50:07 GMT"),
-            (DATE, "Sun, 06 Nov 1994 09:50:00 GMT"),
-        ]);
-        assert_eq!(retry_after(&headers, now), Some(Duration::from_secs(7)));
     }
 
     #[test]

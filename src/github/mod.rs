@@ -1,6 +1,7 @@
 //! GitHub's REST API, through octocrab on this binary's own HTTP client, and its cache service.
 
 pub mod cache_client;
+pub mod caches;
 
 use octocrab::Octocrab;
 use octocrab::models::repos::Release;

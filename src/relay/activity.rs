@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::github::cache_client::RequestCounts;
 use crate::relay::cargo::CargoActivity;
+use crate::store::index::Ran;
 
 /// How many entries a minute GitHub takes from a repository (its announcement of January 2026).
 pub const UPLOADS_PER_MINUTE: u64 = 200;
@@ -30,6 +31,9 @@ pub struct Activity {
     pub known_packs: u64,
     /// Those packs' bytes.
     pub known_bytes: u64,
+    /// What came of the last run of the same job that saved anything: on the same ref, else on its
+    /// base or the default branch. `None` in a first run.
+    pub previous: Option<Ran>,
     /// Packs downloaded.
     pub fetched_packs: u64,
     /// Objects put on sccache's disk before the build.

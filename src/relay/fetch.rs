@@ -18,7 +18,7 @@ use crate::relay::disk_level::{self, Hydrated, Kind, SMALL_OBJECT};
 use crate::relay::objects::{MemberSlot, Objects, PackState, Place, Progress};
 use crate::relay::{Relay, delay_after, lock};
 use crate::store::chain::Known;
-use crate::store::index::{Bundle, Digest, Member, ObjectKey, Pack};
+use crate::store::index::{Bundle, Digest, Member, ObjectKey, Pack, Ran};
 use crate::store::local::LocalFile;
 
 /// How often, and for how long, an index that cannot be read is tried again.
@@ -74,6 +74,7 @@ impl Relay {
                 activity.known_packs = packs as u64;
                 activity.known_objects = count as u64;
                 activity.known_bytes = bytes;
+                activity.previous = previous_run(&known, self.config.lane);
             });
             let wanted = wanted_packs(&known, self.config.lane);
             for name in &wanted {
@@ -603,6 +604,13 @@ fn wanted_packs(known: &[Known], lane: u64) -> BTreeSet<String> {
         })
         .map(|((_, name), _)| name.to_owned())
         .collect()
+}
+
+/// What came of the last run of this lane that any scope tells of: the job's own, else its base's,
+/// else the default branch's.
+fn previous_run(known: &[Known], lane: u64) -> Option<Ran> {
+    let mut lanes = known.iter().map(|known| known.index.lanes.get(&lane));
+    lanes.find_map(|lane| lane?.last)
 }
 
 /// Whether most of a pack is the cargo cache's, which fetches what it wants once it is known what

@@ -44,11 +44,12 @@ use crate::service;
 use crate::service::auth::{Access, BearerToken, Tokens, UrlSigner};
 use crate::store::chain::{Chain, Known};
 use crate::store::flush::{FlushPolicy, Limits};
+use crate::store::index::Ran;
 use crate::store::local::LocalFile;
 
 /// The version of our cache entries: a change of the packs' layout changes it, so that no reader
 /// meets what it cannot read.
-const ENTRY_VERSION: &str = "sccache-action packs 1";
+const ENTRY_VERSION: &str = "sccache-action packs 2";
 
 /// How long the relay lives without a request. A job that ends without its post step (a runner that
 /// was killed) must not leave a process for good; GitHub's token is void after about six hours.
@@ -116,6 +117,8 @@ pub struct Relay {
     objects: Mutex<Objects>,
     activity: Mutex<Activity>,
     policy: Mutex<FlushPolicy>,
+    /// What came of this run, once the post step has said so.
+    ran: Mutex<Option<Ran>>,
     /// What cargo's folders began with, once that was asked for.
     cargo: Mutex<Option<CargoJob>>,
     /// Whether what the packs hold is known.
@@ -172,6 +175,7 @@ impl Relay {
             objects: Mutex::new(objects),
             activity: Mutex::new(Activity::default()),
             policy: Mutex::new(FlushPolicy::new(limits)),
+            ran: Mutex::new(None),
             cargo: Mutex::new(None),
             loaded: watch::Sender::new(false),
             waiting: Notify::new(),
@@ -250,6 +254,8 @@ pub struct HydrateRequest {
 pub struct FinishRequest {
     /// How long it may take to write what waits.
     pub deadline: Duration,
+    /// What came of the run, for the next one's summary to show.
+    pub ran: Option<Ran>,
 }
 
 /// What ends a relay.
@@ -305,6 +311,7 @@ async fn finish(
     Shared(lifetime): Shared<Arc<Lifetime>>,
     Json(request): Json<FinishRequest>,
 ) -> Json<Activity> {
+    *lock(&lifetime.relay.ran) = request.ran;
     lifetime.relay.finish(request.deadline).await;
     if let Some(ended) = lock(&lifetime.ended).take() {
         let _ = ended.send(());

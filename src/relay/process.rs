@@ -21,6 +21,7 @@ use crate::relay::cargo::{CargoActivity, CargoRequest};
 use crate::relay::disk_level::Hydrated;
 use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
 use crate::service::auth::BearerToken;
+use crate::store::index::Ran;
 
 /// Time for a relay to say its port. It opens three files and a socket before.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -138,12 +139,16 @@ impl RunningRelay {
         self.ask("cargo", request, request.wait).await
     }
 
-    /// Has it write what waits, and end.
+    /// Has it write what waits, with what came of the run where that is known, and end.
     ///
     /// # Errors
     /// Where it does not answer.
-    pub async fn finish(&self, deadline: Duration) -> Result<Activity, ProcessError> {
-        self.ask("finish", &FinishRequest { deadline }, deadline)
+    pub async fn finish(
+        &self,
+        deadline: Duration,
+        ran: Option<Ran>,
+    ) -> Result<Activity, ProcessError> {
+        self.ask("finish", &FinishRequest { deadline, ran }, deadline)
             .await
     }
 

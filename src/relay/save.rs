@@ -567,9 +567,12 @@ impl Relay {
             });
             wanted.extend(bundled.map(|(name, _)| name.clone()));
         }
+        let before = own.index.lanes.get(&self.config.lane);
         let lane = Lane {
             run: time,
             packs: wanted,
+            // A run that did not come to its post step says nothing of what came of it.
+            last: lock(&self.ran).or(before.and_then(|lane| lane.last)),
         };
         own.index.lanes.insert(self.config.lane, lane);
         is_due

@@ -7,6 +7,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Which compiles the cargo cache keeps the outcome of: those of these packages into these folders.
@@ -43,8 +44,9 @@ impl KeptByCargo {
 /// One set-up's folder.
 ///
 /// ```text
-/// bin/sccache     the wrapper
+/// bin/sccache     the wrapper; beside it the action's binary under its own name
 /// sccache-path    the path of the real sccache; absent where the set-up failed
+/// about           what any step may know of the set-up, for the commands `stats` and `doctor`
 /// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
 /// log/sccache.log what the sccache server writes to its log
@@ -146,6 +148,23 @@ impl StateDir {
     /// The folder of the probe compile.
     pub fn probe(&self) -> PathBuf {
         self.root.join("probe")
+    }
+
+    fn about_path(&self) -> PathBuf {
+        self.root.join("about")
+    }
+
+    /// Says what any step may know of the set-up.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn set_about(&self, about: &impl Serialize) -> io::Result<()> {
+        fs::write(self.about_path(), serde_json::to_vec(about)?)
+    }
+
+    /// What any step may know of the set-up; `None` where it says nothing that can be read.
+    pub fn about<T: DeserializeOwned>(&self) -> Option<T> {
+        serde_json::from_slice(&fs::read(self.about_path()).ok()?).ok()
     }
 
     fn kept_by_cargo_path(&self) -> PathBuf {

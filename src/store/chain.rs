@@ -52,7 +52,7 @@ impl Chain {
         let namespace = key_part(namespace);
         let scope = key_part(scope);
         Self {
-            prefix: format!("sccache-packs/{namespace}/{platform}/{scope}#"),
+            prefix: format!("{PREFIX}{namespace}/{platform}/{scope}#"),
         }
     }
 
@@ -65,6 +65,74 @@ impl Chain {
     pub fn number(&self, key: &str) -> Option<u64> {
         key.strip_prefix(&self.prefix)?.parse().ok()
     }
+}
+
+/// What the key of one of our entries says of it to whoever lists the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackName {
+    /// The namespace, as it is in keys.
+    pub namespace: String,
+    /// The platform, such as `linux-x64`.
+    pub platform: String,
+    /// The scope, as it is in keys: the ref, but for letters that a key cannot have.
+    pub scope: String,
+    /// Its number in the chain.
+    pub number: u64,
+}
+
+/// What the keys of all our entries begin with.
+pub const PREFIX: &str = "sccache-packs/";
+
+impl PackName {
+    /// Takes apart the key of an entry of the ref `reference`, where that is known. `None` where
+    /// the key is not one of ours.
+    pub fn parse(key: &str, reference: Option<&str>) -> Option<Self> {
+        let (chain, number) = key.strip_prefix(PREFIX)?.rsplit_once('#')?;
+        if number.len() < 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+            return None;
+        }
+        // Both a namespace and a ref may have slashes. The ref is known where GitHub tells it; else
+        // it is what follows the first part that looks like a platform.
+        let by_reference = reference.and_then(|reference| {
+            let scope = key_part(reference);
+            let before = chain.strip_suffix(&scope)?.strip_suffix('/')?;
+            let (namespace, platform) = before.rsplit_once('/')?;
+            Some((namespace, platform, scope))
+        });
+        let (namespace, platform, scope) = by_reference.or_else(|| {
+            let mut from = 0;
+            loop {
+                let start = from + chain.get(from..)?.find('/')? + 1;
+                let (platform, scope) = chain.get(start..)?.split_once('/')?;
+                if is_platform(platform) {
+                    return Some((chain.get(..start - 1)?, platform, scope.to_owned()));
+                }
+                from = start;
+            }
+        })?;
+        let is_whole = is_platform(platform) && !namespace.is_empty() && !scope.is_empty();
+        Some(Self {
+            namespace: namespace.to_owned(),
+            platform: platform.to_owned(),
+            scope,
+            number: number.parse().ok()?,
+        })
+        .filter(|_| is_whole)
+    }
+
+    /// Whether it is of this namespace, as the input has it.
+    pub fn is_of(&self, namespace: &str) -> bool {
+        self.namespace == key_part(namespace)
+    }
+}
+
+/// Whether text has the form of a runner's platform: node's names of a system and of a processor.
+fn is_platform(text: &str) -> bool {
+    let systems = ["linux", "darwin", "win32", "freebsd"];
+    text.split_once('-').is_some_and(|(system, processor)| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        systems.contains(&system) && !processor.is_empty() && processor.chars().all(plain)
+    })
 }
 
 /// Text as part of a key: what a key may not have, or would make two keys alike, is replaced, with
@@ -324,7 +392,49 @@ mod tests {
         assert_eq!(chain.number(&other.key(7)), None);
     }
 
+    #[test]
+    fn a_key_that_is_not_one_of_ours_is_not_taken_for_one() {
+        for key in [
+            "sccache-packs",
+            "sccache-packs/default/linux-x64/refs/heads/main",
+            "sccache-packs/default/linux-x64/refs/heads/main#7",
+            "sccache-packs/default/linux-x64/refs/heads/main#0000000x",
+            "sccache-packs/default/refs/heads/main#00000007",
+            "sccache-packs//linux-x64/refs/heads/main#00000007",
+            "my/sccache-packs/default/linux-x64/refs/heads/main#00000007",
+            "sccache-packs-of-mine/default/linux-x64/refs/heads/main#00000007",
+        ] {
+            for reference in [None, Some("refs/heads/main")] {
+                assert_eq!(PackName::parse(key, reference), None, "{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_namespace_and_a_ref_that_look_like_each_other_are_told_apart_by_the_ref() {
+        let (namespace, reference) = ("a/linux-x64/b", "refs/heads/linux-x64/B");
+        let key = Chain::new(namespace, "linux-x64", reference).key(7);
+        let name = PackName::parse(&key, Some(reference)).unwrap();
+        assert!(name.is_of(namespace) && !name.is_of("a"));
+        assert_eq!((name.platform.as_str(), name.number), ("linux-x64", 7));
+        let key = Chain::new("default", "linux-x64", "refs/heads/main").key(1);
+        let by_form = PackName::parse(&key, None).unwrap();
+        assert_eq!(by_form.scope, "refs/heads/main");
+        assert!(by_form.is_of("default"));
+    }
+
     proptest! {
+        #[test]
+        fn the_key_of_every_chain_is_taken_apart_again(
+            namespace in "[a-zA-Z0-9._/+-]{1,40}", scope in "\\PC{1,200}", number: u64,
+        ) {
+            let key = Chain::new(&namespace, "linux-x64", &scope).key(number);
+            let name = PackName::parse(&key, Some(&scope));
+            let name = name.ok_or_else(|| TestCaseError::fail(key.clone()))?;
+            prop_assert!(name.is_of(&namespace));
+            prop_assert_eq!((name.platform.as_str(), name.number), ("linux-x64", number));
+        }
+
         #[test]
         fn keys_of_different_scopes_are_different_and_never_begin_like_each_other(
             one in "\\PC{0,300}", two in "\\PC{0,300}",

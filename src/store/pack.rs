@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bytes   content
-//! 8       "sccpack1"
+//! 8       "sccpack2"
 //! 4       the length of the index in bytes, little endian
 //! 16      the digest of the index
 //! …       the index: postcard's encoding of what all packs of the scope have
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::store::index::{Digest, Index};
 
 /// What every pack begins with: the layout's name and number.
-pub const MAGIC: &[u8; 8] = b"sccpack1";
+pub const MAGIC: &[u8; 8] = b"sccpack2";
 
 /// The length in bytes of what stands before the index.
 pub const HEADER_LENGTH: u64 = 28;
