@@ -68,6 +68,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say what is wrong with the cache of this job or machine, and how to mend it
+    ///
+    /// A line for each check: ok, note or wrong; below each that is not ok what can be done. Ends
+    /// with status 1 where something is wrong. No token is shown.
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// The entries of a repository's cache: what there is, and away with what nobody needs
     #[command(subcommand)]
     Caches(CachesCommand),

@@ -8,6 +8,7 @@ pub mod action;
 pub mod caches;
 pub mod cargo;
 pub mod cli;
+pub mod doctor;
 pub mod github;
 pub mod http_client;
 pub mod install;

@@ -12,6 +12,7 @@ use sccache_action::action::workflow_command::{Log, Reader};
 use sccache_action::action::{report, setup, stats};
 use sccache_action::caches;
 use sccache_action::cli::{CachesCommand, Cli, Command};
+use sccache_action::doctor;
 #[cfg(feature = "serve")]
 use sccache_action::rehearse::{self, Rehearsal};
 use sccache_action::relay;
@@ -43,9 +44,11 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
     let runtime = match command {
-        Command::Setup | Command::Report | Command::Stats { .. } | Command::Caches(_) => {
-            tokio::runtime::Builder::new_current_thread()
-        }
+        Command::Setup
+        | Command::Report
+        | Command::Stats { .. }
+        | Command::Caches(_)
+        | Command::Doctor { .. } => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     }
     .enable_all()
@@ -97,6 +100,18 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             };
             tell(&stats::run(&environment, form).await?)?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Doctor { json } => {
+            let program = std::env::current_exe()?;
+            let findings = doctor::examine(&environment, &program).await;
+            match json {
+                true => tell(&format!("{:#}\n", doctor::json(&findings)))?,
+                false => tell(&doctor::text(&findings))?,
+            }
+            Ok(match doctor::is_well(&findings) {
+                true => ExitCode::SUCCESS,
+                false => ExitCode::FAILURE,
+            })
         }
         Command::Caches(CachesCommand::List(options)) => {
             tell(&caches::list(&environment, &options).await?)?;

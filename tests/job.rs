@@ -150,6 +150,87 @@ fn a_later_step_can_ask_for_the_statistics_in_each_form() {
     );
 }
 
+/// What `doctor` finds in a step that sees all that the action sees: the level and the text of each
+/// check, and the exit status. No token may be shown.
+fn doctor(job: &Job, token: &str) -> (Vec<(String, String, String)>, Option<i32>) {
+    let step = job.action_step(true, &[runner::binary(), "doctor", "--json"]);
+    assert!(!step.stdout.contains(token), "{}", step.stdout);
+    let json: serde_json::Value = serde_json::from_str(&step.stdout).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let checks = json["checks"].as_array().unwrap().iter();
+    let checks = checks.map(|found| {
+        let is_ok = found["level"] == "ok";
+        assert_eq!(found["mend"].is_null(), is_ok, "{found}");
+        (
+            text(&found["check"]),
+            text(&found["level"]),
+            text(&found["text"]),
+        )
+    });
+    (checks.collect(), step.status)
+}
+
+fn wrong(findings: &[(String, String, String)]) -> Vec<&str> {
+    let wrong = findings.iter().filter(|(_, level, _)| level == "wrong");
+    wrong.map(|(check, ..)| check.as_str()).collect()
+}
+
+#[test]
+fn the_doctor_finds_a_job_well_and_each_part_that_is_gone() {
+    let store = tempfile::tempdir().unwrap();
+    let mut service = Service::start(store.path());
+    let token = service.token.clone();
+    let mut job = job_with_service("0.16.0", &service);
+    job.set("INPUT_MODE", "packed");
+    job.setup().green();
+    let later = job.shell("sccache-action doctor").green();
+    assert!(later.stdout.contains("mode packed"), "{}", later.stdout);
+    assert!(later.stdout.contains("as it should be"), "{}", later.stdout);
+    let (findings, status) = doctor(&job, &token);
+    assert_eq!(
+        (wrong(&findings), status),
+        (vec![], Some(0)),
+        "{findings:?}"
+    );
+    let found = |check: &str| findings.iter().find(|(name, ..)| name == check).unwrap();
+    for check in [
+        "protocol", "look-up", "writing", "clock", "sccache", "server", "relay",
+    ] {
+        assert_eq!(found(check).1, "ok", "{findings:?}");
+    }
+    assert!(found("protocol").2.contains("version 2"));
+    assert!(found("writing").2.contains("refs/heads/main"));
+    assert!(found("look-up").2.contains("answered in"));
+    for pid in [job.server_pid(), job.relay_pid()] {
+        kill(pid.unwrap());
+    }
+    let (findings, status) = doctor(&job, &token);
+    assert_eq!(wrong(&findings), ["server", "relay"], "{findings:?}");
+    assert_eq!(status, Some(1));
+    service.kill();
+    job.set("SCCACHE_GHA_ENABLED", "true");
+    let (findings, _) = doctor(&job, &token);
+    let expected = ["look-up", "server", "relay", "variables"];
+    assert_eq!(wrong(&findings), expected, "{findings:?}");
+}
+
+#[test]
+fn the_doctor_has_something_to_say_where_there_is_neither_job_nor_sccache() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = std::process::Command::new(runner::binary())
+        .arg("doctor")
+        .env_clear()
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains("note   job") && text.contains("mend: "),
+        "{text}"
+    );
+}
+
 #[test]
 fn sccaches_before_version_2_of_the_service_work_through_version_1() {
     let store = tempfile::tempdir().unwrap();

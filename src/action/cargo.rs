@@ -174,7 +174,7 @@ fn lockfile(workspace: &Workspace) -> PathBuf {
 }
 
 /// Cargo's home.
-fn home(environment: &Environment) -> Option<PathBuf> {
+pub(crate) fn home(environment: &Environment) -> Option<PathBuf> {
     environment.path("CARGO_HOME").or_else(|| {
         let user = ["HOME", "USERPROFILE"];
         let user = user.iter().find_map(|name| environment.path(name));

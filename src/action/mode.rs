@@ -99,8 +99,15 @@ pub fn choose(requested: Option<Mode>, environment: &Environment) -> Choice {
     }
 }
 
+/// The first variable that names a storage of the user's own.
+pub fn external_storage(environment: &Environment) -> Option<&'static str> {
+    EXTERNAL_STORAGE
+        .into_iter()
+        .find(|name| environment.has(name))
+}
+
 fn by_environment(environment: &Environment) -> Mode {
-    if EXTERNAL_STORAGE.iter().any(|name| environment.has(name)) {
+    if external_storage(environment).is_some() {
         return Mode::External;
     }
     match environment.get("SCCACHE_GHA_ENABLED") {
@@ -111,7 +118,7 @@ fn by_environment(environment: &Environment) -> Mode {
 }
 
 /// How sccache reads a switch (`bool_from_env_var` in its `src/config.rs`).
-fn is_on(value: &str) -> bool {
+pub fn is_on(value: &str) -> bool {
     matches!(value.to_lowercase().as_str(), "true" | "on" | "1")
 }
 

@@ -96,7 +96,7 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
     };
     let files = RunnerFiles::of(environment);
     let outcome = match set_up(environment, &inputs, program, log).await {
-        Ok(ready) => match publish(environment, &inputs, &ready, &files) {
+        Ok(ready) => match publish(environment, &inputs, &ready, program, &files) {
             Ok(()) => Ok(ready),
             Err(error) => {
                 // Later steps know nothing of it, so nothing would stop it either.
@@ -546,6 +546,7 @@ fn publish(
     environment: &Environment,
     inputs: &Inputs,
     ready: &Ready,
+    program: &Path,
     files: &RunnerFiles,
 ) -> Result<(), SetupError> {
     let state = State {
@@ -558,7 +559,7 @@ fn publish(
         relay: ready.relay.as_ref().map(|relay| relay.running.clone()),
     };
     // Without it `stats` and `doctor` only have less to say.
-    let _ = ready.state_dir.set_about(&state.about());
+    let _ = ready.state_dir.set_about(&state.about(program));
     let setup = Setup::Done(state);
     let has_disk_level = ready.relay.is_some() && ready.installed.version >= CHAIN_SINCE;
     let disk_level = has_disk_level.then(|| ready.state_dir.disk_level());

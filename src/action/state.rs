@@ -1,7 +1,7 @@
 //! What the main step leaves: for the post step through the runner, as `STATE_` variables; for
 //! commands that a person runs in later steps, in the state folder.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -58,11 +58,13 @@ pub struct About {
     pub port: u16,
     /// The relay's, in mode `packed`.
     pub relay_port: Option<u16>,
+    /// The action's own binary.
+    pub program: PathBuf,
 }
 
 impl State {
-    /// What any step may know.
-    pub fn about(&self) -> About {
+    /// What any step may know. `program` is the action's own binary.
+    pub fn about(&self, program: &Path) -> About {
         About {
             version: self.version.clone(),
             mode: self.mode,
@@ -70,6 +72,7 @@ impl State {
             read_only: self.read_only,
             port: self.port,
             relay_port: self.relay.as_ref().map(|relay| relay.port),
+            program: program.to_owned(),
         }
     }
 }
@@ -166,7 +169,7 @@ mod tests {
     #[test]
     fn a_later_step_finds_the_set_up_and_not_what_opens_the_relay() {
         let parent = tempfile::tempdir().unwrap();
-        let state_dir = StateDir::create(parent.path(), Some(std::path::Path::new("/x"))).unwrap();
+        let state_dir = StateDir::create(parent.path(), Some(Path::new("/x"))).unwrap();
         let state = State {
             state_dir: state_dir.clone(),
             port: 4711,
@@ -179,10 +182,12 @@ mod tests {
                 control_token: BearerToken::new("hunter2"),
             }),
         };
-        state_dir.set_about(&state.about()).unwrap();
+        state_dir
+            .set_about(&state.about(Path::new("/dist/x")))
+            .unwrap();
         let wrapper = state_dir.wrapper().display().to_string();
         let found = Found::of(&Environment::from_iter([("SCCACHE_PATH", wrapper)])).unwrap();
-        assert_eq!(found.about, Some(state.about()));
+        assert_eq!(found.about, Some(state.about(Path::new("/dist/x"))));
         for entry in std::fs::read_dir(state_dir.root()).unwrap().flatten() {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
             assert!(!text.contains("hunter2"), "{entry:?}");

@@ -23,7 +23,7 @@ pub enum Form {
     Table,
     /// As the job summary has it.
     Markdown,
-    /// As [`json`] describes it.
+    /// As [`json()`] describes it.
     Json,
 }
 

@@ -697,7 +697,6 @@ mod tests {
             known_bytes: 81_500_000,
             fetched_packs: 2,
             saved_packs: 1,
-            saved_objects: 1,
             upstream: RequestCounts {
                 lookups: 4,
                 reservations: 1,
@@ -756,7 +755,6 @@ mod tests {
         assert!(annotation(&gone).contains("was gone"));
         // What passed and was made up for is none.
         let passed = Activity {
-            setbacks: 2,
             first_setback: Some("429".to_owned()),
             read_only: true,
             ..activity()

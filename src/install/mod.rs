@@ -22,7 +22,7 @@ use crate::action::workflow_command::Log;
 use crate::http_client::{self, Timeouts};
 
 pub use crate::install::archive::ArchiveError;
-pub use crate::install::package::PackageError;
+pub use crate::install::package::{PackageError, version_of};
 pub use crate::install::platform::{Platform, UnsupportedPlatform};
 pub use crate::install::release::{Checksum, RELEASES_URL, ReleaseError};
 pub use crate::install::version::VersionSpec;
@@ -323,6 +323,15 @@ fn installed(tool: Tool, from_tool_cache: bool) -> Installed {
         source: tool.record.source,
         from_tool_cache,
     }
+}
+
+/// The folder in which the next tool would be installed: `RUNNER_TOOL_CACHE`, or what stands in for it
+/// where that cannot be written.
+///
+/// # Errors
+/// Where no folder can be written.
+pub fn tool_cache_folder(environment: &Environment, platform: Platform) -> io::Result<PathBuf> {
+    ToolCache::of(environment, platform).map(|cache| cache.root().to_owned())
 }
 
 async fn blocking<T: Send + 'static>(

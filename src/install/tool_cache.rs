@@ -74,6 +74,11 @@ impl ToolCache {
         Err(last)
     }
 
+    /// The folder that it is in.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// A folder beside the tools, on the same file system, that goes when it is dropped.
     ///
     /// # Errors

@@ -13,16 +13,12 @@ pub const UPLOADS_PER_MINUTE: u64 = 200;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Activity {
-    /// Objects that sccache asked the relay for.
-    pub lookups: u64,
-    /// Of these, those that it got.
+    /// Objects that sccache asked the relay for and got.
     pub hits: u64,
-    /// Of the others, those that a pack has but that could not be had in time.
+    /// Objects that it asked for and that a pack has, but that could not be had in time.
     pub late: u64,
     /// Objects that sccache wrote, or left on its disk.
     pub written: u64,
-    /// Their bytes.
-    pub written_bytes: u64,
     /// Objects whose bytes were not those that had been written, and that were not served.
     pub corrupt: u64,
     /// Objects in the packs that the job can read.
@@ -36,16 +32,8 @@ pub struct Activity {
     pub previous: Option<Ran>,
     /// Packs downloaded.
     pub fetched_packs: u64,
-    /// Objects put on sccache's disk before the build.
-    pub hydrated_objects: u64,
-    /// Entries of sccache's preprocessor cache put on its disk before the build.
-    pub hydrated_entries: u64,
     /// Packs written.
     pub saved_packs: u64,
-    /// Objects in them that no pack had before.
-    pub saved_objects: u64,
-    /// Bytes of these packs.
-    pub saved_bytes: u64,
     /// Objects that are not in any pack yet.
     pub unsaved: u64,
     /// Uploads beyond GitHub's limit that an entry for each object would have been.
@@ -56,9 +44,7 @@ pub struct Activity {
     pub troubles: u64,
     /// What did first, in words.
     pub first_trouble: Option<String>,
-    /// How often something went wrong that was tried again.
-    pub setbacks: u64,
-    /// What did first, in words.
+    /// What went wrong first and was tried again, in words.
     pub first_setback: Option<String>,
     /// What was done for cargo, where it was asked for.
     pub cargo: Option<CargoActivity>,
@@ -88,9 +74,8 @@ impl Activity {
     }
 
     /// Counts an object that was written `minute` minutes after the relay's start.
-    pub fn wrote(&mut self, minute: u64, bytes: u64) {
+    pub fn wrote(&mut self, minute: u64) {
         self.written += 1;
-        self.written_bytes = self.written_bytes.saturating_add(bytes);
         if minute != self.minute {
             self.minute = minute;
             self.this_minute = 0;
@@ -119,9 +104,8 @@ mod tests {
     #[test]
     fn what_is_beyond_two_hundred_a_minute_was_spared() {
         let mut activity = Activity::default();
-        (0..250).for_each(|_| activity.wrote(0, 10));
-        (0..201).for_each(|_| activity.wrote(3, 10));
+        (0..250).for_each(|_| activity.wrote(0));
+        (0..201).for_each(|_| activity.wrote(3));
         assert_eq!((activity.written, activity.spared), (451, 51));
-        assert_eq!(activity.written_bytes, 4510);
     }
 }

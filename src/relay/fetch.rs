@@ -440,10 +440,6 @@ impl Relay {
             hydrated.objects = objects;
             hydrated.entries = entries;
         }
-        self.note(|activity| {
-            activity.hydrated_objects += hydrated.objects;
-            activity.hydrated_entries += hydrated.entries;
-        });
         hydrated
     }
 

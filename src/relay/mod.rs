@@ -219,7 +219,6 @@ impl Relay {
     /// Notes that something went wrong that will be tried again.
     fn setback(&self, what: &str, error: &dyn std::fmt::Display) {
         self.note(|activity| {
-            activity.setbacks += 1;
             activity
                 .first_setback
                 .get_or_insert_with(|| format!("{what}: {error}"));

@@ -443,7 +443,7 @@ impl Relay {
         let spool = lock(&self.objects).spool.clone();
         let offset = spool.append_from(content, length)?;
         let now = self.elapsed();
-        self.note(|activity| activity.wrote(now.as_secs() / 60, length));
+        self.note(|activity| activity.wrote(now.as_secs() / 60));
         let number = lock(&self.objects).wrote(key, (spool, offset), (digest, length), now);
         self.waiting.notify_one();
         Ok((number, length))
@@ -461,7 +461,6 @@ impl Relay {
 
     async fn find_object(self: &Arc<Self>, key: ObjectKey) -> Option<(u64, u64)> {
         self.is_loaded().await;
-        self.note(|activity| activity.lookups += 1);
         let found = self.bring(key).await;
         let slot = {
             let mut objects = lock(&self.objects);

@@ -283,10 +283,6 @@ impl Relay {
             self.note(|activity| activity.saved_packs += 1);
         }
         own.index = index;
-        self.note(|activity| {
-            activity.saved_objects += batch.len() as u64;
-            activity.saved_bytes += data_length;
-        });
         let mut objects = lock(&self.objects);
         objects.saved(&batch, self.elapsed());
         objects.members.extend(members);
