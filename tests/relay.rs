@@ -189,6 +189,89 @@ fn jobs_that_run_at_the_same_time_and_a_pull_request_end_with_the_union() {
     assert_says(&run(&on_main("three", "102")), WARM);
 }
 
+#[test]
+fn a_github_enterprise_server_is_asked_in_version_1() {
+    let upstream = Upstream::start(Options::default());
+    for expected in [COLD, WARM] {
+        let mut job = job("0.16.0", &upstream);
+        job.set("GITHUB_SERVER_URL", "https://github.example");
+        job.set("GITHUB_API_URL", "https://github.example/api/v3");
+        job.set("ACTIONS_CACHE_URL", &upstream.url);
+        let before = upstream.version_1();
+        assert_says(&run(&job), expected);
+        assert!(upstream.version_1() > before);
+    }
+}
+
+#[test]
+fn a_proxy_that_leads_nowhere_does_not_stand_before_this_machine() {
+    let upstream = Upstream::start(Options::default());
+    let nobody = sccache_action::sccache::server::free_port().unwrap();
+    for expected in [COLD, WARM] {
+        let mut job = job("0.16.0", &upstream);
+        for name in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"] {
+            job.set(name, format!("http://127.0.0.1:{nobody}"));
+        }
+        assert_says(&run(&job), expected);
+    }
+}
+
+#[test]
+fn a_container_without_a_home_and_with_folders_of_another_name_has_the_cache_of_others() {
+    let upstream = Upstream::start(Options::default());
+    for (expected, name) in [(COLD, "runner"), (WARM, "__w")] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut job = Job::in_folder(folder.path().join(name));
+        job.use_sccache(&tools::sccache("0.16.0"));
+        join(&mut job, &upstream);
+        if name == "__w" {
+            // As in a container whose user has no entry in its files, and no home.
+            job.set("HOME", "/nonexistent");
+            job.set("RUNNER_TOOL_CACHE", "/nonexistent/tools");
+        }
+        assert_says(&run(&job), expected);
+    }
+}
+
+#[test]
+fn jobs_of_a_matrix_share_objects_and_each_knows_its_own_last_run() {
+    let upstream = Upstream::start(Options::default());
+    let of_matrix = |entry: &str| {
+        let mut job = job("0.16.0", &upstream);
+        job.set("INPUT_MATRIX", format!("{{\"toolchain\":\"{entry}\"}}"));
+        job
+    };
+    assert_says(&run(&of_matrix("one")), COLD);
+    // What one entry compiled the other need not; it has no last run of its own to be shown.
+    let first = of_matrix("two");
+    write_source(&first, 1, "201");
+    let report = run(&first);
+    assert_says(&report, "5 hits, 1 miss, 0 errors");
+    assert!(
+        !report.stdout.contains("in the last run"),
+        "{}",
+        report.stdout
+    );
+    assert_says(&run(&of_matrix("two")), WARM);
+    assert_says(&run(&of_matrix("one")), WARM);
+}
+
+#[test]
+fn two_uses_in_one_job_share_the_cache_and_report_each_for_itself() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.16.0", &upstream);
+    assert_says(&run(&job), COLD);
+    // The second use begins from what the first has left in the environment.
+    for file in ["GITHUB_STATE", "GITHUB_OUTPUT"] {
+        std::fs::write(job.path(file), "").unwrap();
+    }
+    let setup = job.setup().green();
+    assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+    remove_objects(&job);
+    job.shell(BUILD).green();
+    assert_says(&job.report().green(), WARM);
+}
+
 /// A job of twelve files, of which so many were never compiled before.
 fn job_of_twelve(upstream: &Upstream, run: usize, new: usize) -> Job {
     let mut job = job("0.16.0", upstream);

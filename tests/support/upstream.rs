@@ -213,6 +213,11 @@ impl Upstream {
         *lock(&self.front.counts)
     }
 
+    /// How many requests were of version 1 of the protocol.
+    pub fn version_1(&self) -> u64 {
+        self.shared.counters().version_1
+    }
+
     /// From here on this goes wrong, or nothing. Requests that wait for an answer are as they were.
     pub fn set_fault(&self, fault: Option<Fault>) {
         *lock(&self.front.fault) = fault;
