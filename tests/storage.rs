@@ -507,6 +507,24 @@ async fn two_services_on_one_storage_are_one_store() {
 }
 
 #[tokio::test]
+async fn a_folder_of_any_name_holds_a_storage_also_one_named_from_here() {
+    let here = std::env::current_dir().unwrap();
+    let mut named = tempfile::Builder::new();
+    let folder = named.prefix("a [b]%2f").tempdir_in(&here).unwrap();
+    let odd = if cfg!(windows) { "a b#c%20d" } else { "a b?c#d%20e:f" };
+    let inside = folder.path().join(odd);
+    let from_here = inside.strip_prefix(&here).unwrap().to_owned();
+    for named in [inside.clone(), from_here] {
+        std::fs::create_dir_all(&inside).unwrap();
+        let storage = Storage::in_folder(&named, Limits::of_entries(LIMIT));
+        let store = EntryStore::open(&storage, Arc::new(|| 1_000_000_000));
+        put(&store.await.unwrap(), "key", "content").await;
+        assert!(inside.join("catalog.sqlite").exists(), "{named:?}");
+        std::fs::remove_dir_all(&inside).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_folder_serves_one_service_at_a_time() {
     let place = Place::new("SQLite and a folder", Limits::of_entries(LIMIT)).await;
     let store = place.open().await;

@@ -175,11 +175,10 @@ fn lockfile(workspace: &Workspace) -> PathBuf {
 
 /// Cargo's home.
 pub(crate) fn home(environment: &Environment) -> Option<PathBuf> {
-    environment.path("CARGO_HOME").or_else(|| {
-        let user = ["HOME", "USERPROFILE"];
-        let user = user.iter().find_map(|name| environment.path(name));
-        user.map(|user| user.join(".cargo"))
-    })
+    let user = if cfg!(windows) { "USERPROFILE" } else { "HOME" };
+    environment
+        .path("CARGO_HOME")
+        .or_else(|| Some(environment.path(user)?.join(".cargo")))
 }
 
 /// What the compiler of the workspace says of itself.
@@ -221,21 +220,18 @@ fn system(environment: &Environment) -> String {
 mod tests {
     use super::*;
 
-    fn of(variables: &[(&str, &str)]) -> Vec<(String, String)> {
+    fn of(variables: &[(&str, &str)]) -> Vec<(PathBuf, PathBuf)> {
         let environment: Environment = variables.iter().copied().collect();
         let inputs = Inputs::parse(&environment).unwrap();
         workspaces(&environment, &inputs)
             .into_iter()
-            .map(|workspace| {
-                let text = |path: PathBuf| path.display().to_string();
-                (text(workspace.folder), text(workspace.target))
-            })
+            .map(|workspace| (workspace.folder, workspace.target))
             .collect()
     }
 
     #[test]
     fn the_checkout_is_the_workspace_unless_others_are_named() {
-        let pair = |one: &str, two: &str| (one.to_owned(), two.to_owned());
+        let pair = |one: &str, two: &str| (PathBuf::from(one), PathBuf::from(two));
         let checkout = ("GITHUB_WORKSPACE", "/w");
         assert_eq!(of(&[checkout]), [pair("/w", "/w/target")]);
         let elsewhere = ("CARGO_TARGET_DIR", "/t");
@@ -252,8 +248,9 @@ mod tests {
     #[test]
     fn cargos_home_is_where_cargo_looks_for_it() {
         let home = |variables: &[(&str, &str)]| super::home(&variables.iter().copied().collect());
-        assert_eq!(home(&[("HOME", "/u")]), Some("/u/.cargo".into()));
-        let both = [("HOME", "/u"), ("CARGO_HOME", "/c")];
+        let user = if cfg!(windows) { "USERPROFILE" } else { "HOME" };
+        assert_eq!(home(&[(user, "/u")]), Some("/u/.cargo".into()));
+        let both = [(user, "/u"), ("CARGO_HOME", "/c")];
         assert_eq!(home(&both), Some("/c".into()));
         assert_eq!(home(&[]), None);
     }

@@ -218,7 +218,8 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_is_not_there_is_not_started_to_be_asked() {
         let folder = tempfile::tempdir().unwrap();
-        let program = folder.path().join("sccache");
+        let program = format!("sccache{}", std::env::consts::EXE_SUFFIX);
+        let program = folder.path().join(program);
         let touched = folder.path().join("touched");
         std::fs::write(
             &program,

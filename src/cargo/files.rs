@@ -421,9 +421,8 @@ fn write(
 /// Sets a folder's time, where the system lets that be done: cargo takes the times of folders that a
 /// build script names.
 pub fn set_folder_time(folder: &Path, time: SystemTime) {
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.set_modified(time);
-    }
+    // Windows does not let a folder be opened as a file is.
+    let _ = filetime::set_file_mtime(folder, time.into());
 }
 
 /// Makes a symbolic link that leads nowhere outside of the part's root.
@@ -498,7 +497,7 @@ mod tests {
         let long_ago = SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
         let files = ["guard/large", "deps/file", "guard/empty", "guard"];
         for file in files.map(|file| root.join(file)) {
-            File::open(file).unwrap().set_modified(long_ago).unwrap();
+            filetime::set_file_mtime(file, long_ago.into()).unwrap();
         }
         source
     }

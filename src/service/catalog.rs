@@ -18,6 +18,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::{Any, AnyPool, Executor, Row, Transaction};
 
@@ -771,14 +772,11 @@ impl From<sqlx::Error> for StoreError {
     }
 }
 
+/// The driver takes all behind the colon for the path, once it is decoded. So nothing in it may look
+/// like a part of a URL: a drive, a server, a first folder that would be the host.
 fn sqlite_url(path: &Path) -> String {
-    // `?` and `#` end a path in a URL.
-    let path = path.to_string_lossy();
-    let path = path
-        .replace('%', "%25")
-        .replace('?', "%3f")
-        .replace('#', "%23");
-    format!("sqlite://{path}?mode=rwc")
+    let path = percent_encode(path.as_os_str().as_encoded_bytes(), NON_ALPHANUMERIC);
+    format!("sqlite:{path}?mode=rwc")
 }
 
 async fn prepare(pool: &AnyPool, schema: &[String]) -> Result<(), sqlx::Error> {

@@ -154,7 +154,11 @@ impl Job {
     pub fn use_sccache(&mut self, sccache: &Path) {
         let tools = self.path("tools-on-path");
         fs::create_dir_all(&tools).unwrap();
-        std::os::unix::fs::symlink(sccache, tools.join("sccache")).unwrap();
+        let program = tools.join(format!("sccache{}", std::env::consts::EXE_SUFFIX));
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(sccache, program).unwrap();
+        #[cfg(not(unix))]
+        fs::copy(sccache, program).unwrap();
         let path = format!("{}:{}", tools.display(), self.get("PATH"));
         self.set("PATH", path);
         self.set("INPUT_INSTALL-FROM", "path");
