@@ -511,7 +511,11 @@ async fn a_folder_of_any_name_holds_a_storage_also_one_named_from_here() {
     let here = std::env::current_dir().unwrap();
     let mut named = tempfile::Builder::new();
     let folder = named.prefix("a [b]%2f").tempdir_in(&here).unwrap();
-    let odd = if cfg!(windows) { "a b#c%20d" } else { "a b?c#d%20e:f" };
+    let odd = if cfg!(windows) {
+        "a b#c%20d"
+    } else {
+        "a b?c#d%20e:f"
+    };
     let inside = folder.path().join(odd);
     let from_here = inside.strip_prefix(&here).unwrap().to_owned();
     for named in [inside.clone(), from_here] {

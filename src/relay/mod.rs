@@ -5,12 +5,15 @@
 //!
 //! `objects` is what sccache asks, `fetch` gets packs, `save` writes them, `disk_level` is the
 //! folder that sccache keeps in front of the relay, `cargo` what it does for cargo's folders,
-//! `activity` what was done, `process` how the action's steps start it and talk to it.
+//! `activity` what was done, `process` how the action's steps start it and talk to it,
+//! `inheritance` what it must not have of the step that starts it, on Windows.
 
 pub mod activity;
 pub mod cargo;
 pub mod disk_level;
 mod fetch;
+#[cfg(windows)]
+mod inheritance;
 mod objects;
 pub mod process;
 mod save;

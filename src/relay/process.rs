@@ -19,6 +19,8 @@ use crate::http_client;
 use crate::relay::activity::Activity;
 use crate::relay::cargo::{CargoActivity, CargoRequest};
 use crate::relay::disk_level::Hydrated;
+#[cfg(windows)]
+use crate::relay::inheritance;
 use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
 use crate::service::auth::BearerToken;
 use crate::store::index::Ran;
@@ -77,6 +79,11 @@ pub async fn start(
     #[cfg(unix)]
     // What a terminal or a runner sends to this step's group is not meant for it.
     command.process_group(0);
+    #[cfg(windows)]
+    {
+        inheritance::keep_standard_handles();
+        command.creation_flags(inheritance::OWN_GROUP_AND_CONSOLE);
+    }
     let mut child = command.spawn()?;
     let started = async {
         let mut stdin = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;

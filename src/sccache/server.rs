@@ -1,7 +1,8 @@
 //! The sccache server of one job: started, asked and stopped through sccache's own commands.
 
 use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::process::Command;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use crate::action::environment::Environment;
@@ -101,8 +103,27 @@ impl Server {
     /// # Errors
     /// Where it did not start, with what it printed.
     pub async fn start(&self, environment: &Environment) -> Result<(), ServerError> {
-        self.call(&["--start-server"], Some(environment), START_TIMEOUT)
-            .await
+        let call = "--start-server";
+        let mut command = self.command(&[call], Some(environment));
+        // The server may hold what this call prints to for as long as it lives, so the end is that
+        // of the call and not that of a pipe. Without files only the words of a failure are lost.
+        let said = [tempfile::tempfile().ok(), tempfile::tempfile().ok()];
+        let [stdout, stderr] = said.each_ref().map(|file| {
+            let file = file.as_ref().and_then(|file| file.try_clone().ok());
+            file.map_or_else(Stdio::null, Stdio::from)
+        });
+        command.stdout(stdout).stderr(stderr);
+        let ended = timeout(START_TIMEOUT, async { command.spawn()?.wait().await });
+        let output = async {
+            let status = ended.await?;
+            let [stdout, stderr] = said.map(what_was_written);
+            Ok(status.map(|status| Output {
+                status,
+                stdout,
+                stderr,
+            }))
+        };
+        self.judge(output.await, call.to_owned(), START_TIMEOUT)
             .map(drop)
     }
 
@@ -198,7 +219,17 @@ impl Server {
         call: String,
         limit: Duration,
     ) -> Result<Output, ServerError> {
-        let output = match timeout(limit, command.output()).await {
+        let output = timeout(limit, command.output()).await;
+        self.judge(output, call, limit)
+    }
+
+    fn judge(
+        &self,
+        output: Result<io::Result<Output>, Elapsed>,
+        call: String,
+        limit: Duration,
+    ) -> Result<Output, ServerError> {
+        let output = match output {
             Ok(Ok(output)) => output,
             Ok(Err(error)) => {
                 let sccache = self.sccache.clone();
@@ -224,6 +255,16 @@ impl Server {
 pub fn free_port() -> io::Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     Ok(listener.local_addr()?.port())
+}
+
+fn what_was_written(file: Option<File>) -> Vec<u8> {
+    let mut text = Vec::new();
+    if let Some(mut file) = file {
+        let read = file.rewind().and_then(|()| file.read_to_end(&mut text));
+        // What cannot be read was never more than the words of a failure.
+        drop(read);
+    }
+    text
 }
 
 /// What sccache said of its failure, without the stack trace some versions print after it.
