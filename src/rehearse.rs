@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use backon::{ExponentialBuilder, Retryable};
 use tokio::process::Command;
 
 use crate::action::environment::Environment;
@@ -153,7 +154,7 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
     }
     let mut results = Vec::new();
     for job in ["cold", "warm"] {
-        let stage = Stage::set(stage.path(), job, &environment)?;
+        let stage = Stage::set(stage.path(), job, &environment).await?;
         results.push(run_job(rehearsal, &stage, &running).await?);
     }
     // What is left of it is a folder that goes with the stage.
@@ -179,14 +180,19 @@ const RUNNER_FILES: [&str; 5] = [
 ];
 
 impl Stage {
-    fn set(root: &Path, job: &'static str, environment: &Environment) -> io::Result<Self> {
+    async fn set(root: &Path, job: &'static str, environment: &Environment) -> io::Result<Self> {
         let runner = root.join(job);
         let workspace = root.join("workspace");
         let temporary = root.join("temporary");
         let mut environment = environment.clone();
         for folder in [&temporary, &workspace] {
             if folder.exists() {
-                fs::remove_dir_all(folder)?;
+                // On Windows a folder stays as long as a server that was stopped is still ending
+                // there.
+                let ending =
+                    ExponentialBuilder::default().with_min_delay(Duration::from_millis(20));
+                let remove = || async { fs::remove_dir_all(folder) };
+                remove.retry(ending.with_max_times(8)).await?;
             }
         }
         for folder in [&temporary, &workspace, &runner] {

@@ -226,8 +226,9 @@ pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
         fs::create_dir_all(folder)?;
     }
     // A link costs nothing; across file systems it takes a copy. A symbolic link would not do: the
-    // wrapper finds its state by where its file is.
-    if fs::hard_link(program, &wrapper).is_err() {
+    // wrapper finds its state by where its file is. On Windows no name of a program that runs can be
+    // removed, and the relay runs by this one.
+    if cfg!(windows) || fs::hard_link(program, &wrapper).is_err() {
         fs::copy(program, &wrapper)?;
     }
     let command = format!("sccache-action{}", std::env::consts::EXE_SUFFIX);

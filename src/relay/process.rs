@@ -83,6 +83,10 @@ pub async fn start(
     {
         inheritance::keep_standard_handles();
         command.creation_flags(inheritance::OWN_GROUP_AND_CONSOLE);
+        // Nobody could remove the folder that it is in.
+        if let Some(folder) = program.parent() {
+            command.current_dir(folder);
+        }
     }
     let mut child = command.spawn()?;
     let started = async {
