@@ -10,7 +10,26 @@ use std::path::{Path, PathBuf};
 /// `${{ inputs.something }}` and gets the empty string where the input was not given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
-    variables: BTreeMap<String, String>,
+    variables: BTreeMap<Key, Variable>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Variable {
+    name: String,
+    value: String,
+}
+
+/// What two spellings of a variable's name have in common: on Windows `Path` is `PATH`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(String);
+
+impl Key {
+    fn of(name: &str) -> Self {
+        Self(match cfg!(windows) {
+            true => name.to_uppercase(),
+            false => name.to_owned(),
+        })
+    }
 }
 
 impl Environment {
@@ -20,17 +39,13 @@ impl Environment {
         let unicode = |(name, value): (OsString, OsString)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))
         };
-        Self {
-            variables: std::env::vars_os().filter_map(unicode).collect(),
-        }
+        std::env::vars_os().filter_map(unicode).collect()
     }
 
     /// The value of `name`, or `None` where it is unset or empty.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.variables
-            .get(name)
-            .map(String::as_str)
-            .filter(|value| !value.is_empty())
+        let variable = self.variables.get(&Key::of(name))?;
+        Some(variable.value.as_str()).filter(|value| !value.is_empty())
     }
 
     /// Whether `name` is set to something.
@@ -45,12 +60,14 @@ impl Environment {
 
     /// Sets `name` to `value`, replacing what it was.
     pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.variables.insert(name.into(), value.into());
+        let (name, value) = (name.into(), value.into());
+        self.variables
+            .insert(Key::of(&name), Variable { name, value });
     }
 
     /// Unsets `name`.
     pub fn remove(&mut self, name: &str) {
-        self.variables.remove(name);
+        self.variables.remove(&Key::of(name));
     }
 
     /// The variables that a program run by this action may see: all but those that are between the
@@ -73,8 +90,8 @@ impl Environment {
     /// All variables, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .values()
+            .map(|variable| (variable.name.as_str(), variable.value.as_str()))
     }
 }
 
@@ -93,7 +110,10 @@ fn is_between_runner_and_step(name: &str) -> bool {
         "GITHUB_STEP_SUMMARY",
         "GITHUB_TOKEN",
     ];
-    name.starts_with("INPUT_") || name.starts_with("STATE_") || FILES_AND_TOKENS.contains(&name)
+    let name = Key::of(name).0;
+    name.starts_with("INPUT_")
+        || name.starts_with("STATE_")
+        || FILES_AND_TOKENS.contains(&name.as_str())
 }
 
 #[cfg(unix)]
@@ -110,12 +130,11 @@ fn is_executable(path: &Path) -> bool {
 
 impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Environment {
     fn from_iter<I: IntoIterator<Item = (N, V)>>(pairs: I) -> Self {
-        Self {
-            variables: pairs
-                .into_iter()
-                .map(|(name, value)| (name.into(), value.into()))
-                .collect(),
+        let mut environment = Self::default();
+        for (name, value) in pairs {
+            environment.set(name, value);
         }
+        environment
     }
 }
 
@@ -129,5 +148,22 @@ mod tests {
         assert_eq!(environment.get("A"), None);
         assert!(!environment.has("A"));
         assert_eq!(environment.get("B"), Some("1"));
+    }
+
+    #[test]
+    fn names_are_told_apart_as_the_system_does() {
+        let mut environment =
+            Environment::from_iter([("Path", "1"), ("Actions_Runtime_Token", "2")]);
+        let path = environment.get("PATH");
+        assert_eq!(path, cfg!(windows).then_some("1"));
+        // A program is given the names as they were.
+        assert!(environment.iter().any(|pair| pair == ("Path", "1")));
+        let token = environment.for_programs().has("Actions_Runtime_Token");
+        assert_eq!(token, !cfg!(windows));
+        environment.set("PATH", "3");
+        let names = environment.iter().count();
+        assert_eq!(names, if cfg!(windows) { 2 } else { 3 });
+        environment.remove("path");
+        assert_eq!(environment.has("PATH"), !cfg!(windows));
     }
 }
