@@ -191,7 +191,12 @@ pub async fn pip(
     folder: &Path,
     environment: &Environment,
 ) -> Result<PathBuf, PackageError> {
-    let python = ["python3", "python"]
+    // On Windows `python3` may be a stand-in that opens a shop.
+    let names = match cfg!(windows) {
+        true => ["python", "python3"],
+        false => ["python3", "python"],
+    };
+    let python = names
         .iter()
         .find_map(|name| environment.find_program(name))
         .ok_or(PackageError::NoClient("python3"))?;
