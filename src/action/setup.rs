@@ -628,12 +628,13 @@ fn exports(
     if wrap.rust {
         unless_set("RUSTC_WRAPPER", &wrapper);
     }
+    let launcher = as_cmake_writes_it(&wrapper);
     if wrap.c {
-        unless_set("CMAKE_C_COMPILER_LAUNCHER", &wrapper);
-        unless_set("CMAKE_CXX_COMPILER_LAUNCHER", &wrapper);
+        unless_set("CMAKE_C_COMPILER_LAUNCHER", &launcher);
+        unless_set("CMAKE_CXX_COMPILER_LAUNCHER", &launcher);
     }
     if wrap.cuda {
-        unless_set("CMAKE_CUDA_COMPILER_LAUNCHER", &wrapper);
+        unless_set("CMAKE_CUDA_COMPILER_LAUNCHER", &launcher);
     }
     // sccache does not cache what rustc compiles incrementally: since 0.5 it even refuses to
     // run it, so this one is not left to what the user has set for builds without sccache.
@@ -644,6 +645,16 @@ fn exports(
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
+}
+
+/// A path as CMake writes paths. Projects hand launchers on to others that they build, as text of
+/// CMake's language, in which a backslash is the beginning of an escape.
+fn as_cmake_writes_it(path: &str) -> String {
+    if cfg!(windows) {
+        path.replace('\\', "/")
+    } else {
+        path.to_owned()
+    }
 }
 
 /// Whether cargo will call sccache: ours, or the workflow's own word for it.
@@ -687,6 +698,16 @@ mod tests {
         }
         assert_eq!(every.get("CARGO_INCREMENTAL"), Some("0"));
         assert!(!none.has("CARGO_INCREMENTAL"));
+    }
+
+    #[test]
+    fn a_path_is_given_to_cmake_as_cmake_writes_it() {
+        let written = as_cmake_writes_it(r"C:\a\_temp\sccache.exe");
+        if cfg!(windows) {
+            assert_eq!(written, "C:/a/_temp/sccache.exe");
+        } else {
+            assert_eq!(written, r"C:\a\_temp\sccache.exe");
+        }
     }
 
     #[test]
