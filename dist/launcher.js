@@ -61,16 +61,39 @@ function runToEnd(program, command) {
   });
 }
 
-/** Where the workflow itself names sccache as the wrapper and there is none, cargo would fail. */
-function unsetMissingWrapper() {
-  const wrapper = process.env.RUSTC_WRAPPER;
-  if (!process.env.GITHUB_ENV || !wrapper || path.parse(wrapper).name !== 'sccache') {
+// The variables by which a workflow can have its builds call sccache.
+const CALLS = [
+  'RUSTC_WRAPPER',
+  'RUSTC_WORKSPACE_WRAPPER',
+  'CARGO_BUILD_RUSTC_WRAPPER',
+  'CMAKE_C_COMPILER_LAUNCHER',
+  'CMAKE_CXX_COMPILER_LAUNCHER',
+  'CMAKE_CUDA_COMPILER_LAUNCHER',
+  'CC',
+  'CXX',
+  'NVCC',
+];
+
+/** Whether `program` is a file, or a name that `PATH` has one for. */
+function isThere(program) {
+  const folders = path.isAbsolute(program) ? [''] : (process.env.PATH || '').split(path.delimiter);
+  const names = process.platform === 'win32' ? [program, `${program}.exe`] : [program];
+  return folders.some((folder) => names.some((name) => fs.existsSync(path.join(folder, name))));
+}
+
+/** Where the workflow itself names sccache and there is none, every compile would fail. */
+function unsetMissingSccache() {
+  if (!process.env.GITHUB_ENV) {
     return;
   }
-  const folders = path.isAbsolute(wrapper) ? [''] : (process.env.PATH || '').split(path.delimiter);
-  const names = process.platform === 'win32' ? [wrapper, `${wrapper}.exe`] : [wrapper];
-  if (!folders.some((folder) => names.some((name) => fs.existsSync(path.join(folder, name))))) {
-    fs.appendFileSync(process.env.GITHUB_ENV, 'RUSTC_WRAPPER=\n');
+  for (const name of CALLS) {
+    const value = (process.env[name] || '').trim();
+    const whole = path.parse(value).name === 'sccache';
+    // A path may have spaces in it; what has words behind it is a command.
+    const program = whole ? value : value.split(/\s/, 1)[0];
+    if (path.parse(program).name === 'sccache' && !isThere(program) && !/[\r\n]/.test(value)) {
+      fs.appendFileSync(process.env.GITHUB_ENV, `${name}=${value.slice(program.length).trim()}\n`);
+    }
   }
 }
 
@@ -97,9 +120,9 @@ async function launch(command) {
     }
     problem = `${problem} ${WITHOUT_CACHE}`;
     try {
-      unsetMissingWrapper();
+      unsetMissingSccache();
     } catch (error) {
-      problem = `${problem} RUSTC_WRAPPER could not be unset: ${error.message}`;
+      problem = `${problem} What names sccache could not be unset: ${error.message}`;
     }
   }
   annotate('warning', problem);

@@ -8,6 +8,9 @@ mod c_build;
 #[path = "support/runner.rs"]
 #[allow(dead_code, reason = "each test uses its part")]
 mod runner;
+#[path = "support/s3.rs"]
+#[allow(dead_code, reason = "each test uses its part")]
+mod s3;
 #[path = "support/tools.rs"]
 #[allow(dead_code, reason = "each test uses its part")]
 mod tools;
@@ -99,7 +102,7 @@ fn job_with_service(sccache: &str, service: &Service) -> Job {
 fn what_one_job_compiled_the_next_has_from_the_cache() {
     let store = tempfile::tempdir().unwrap();
     let service = Service::start(store.path());
-    for version in ["0.16.0", "0.10.0"] {
+    for version in ["0.19.0", "0.16.0", "0.10.0"] {
         for expected in ["0 hits, 6 misses, 0 errors", "6 hits, 0 misses, 0 errors"] {
             let job = job_with_service(version, &service);
             let setup = job.setup().green();
@@ -401,23 +404,102 @@ fn without_a_cache_service_the_disk_is_used_and_the_user_hears_why() {
     );
 }
 
+/// A job whose objects go to this bucket.
+fn job_with_bucket(sccache: &str, bucket: &s3::S3) -> Job {
+    let mut job = Job::with_sccache(&tools::sccache(sccache));
+    for (name, value) in [
+        ("SCCACHE_BUCKET", "bucket"),
+        ("SCCACHE_ENDPOINT", bucket.url.as_str()),
+        ("SCCACHE_REGION", "us-east-1"),
+        ("SCCACHE_S3_USE_SSL", "false"),
+        ("AWS_ACCESS_KEY_ID", s3::ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", s3::SECRET_KEY),
+    ] {
+        job.set(name, value);
+    }
+    write_sources(&job);
+    job
+}
+
 #[test]
-fn a_failed_setup_exports_nothing_and_warns_once() {
+fn a_bucket_of_the_users_own_is_used_and_with_read_only_nothing_is_written_to_it() {
+    let bucket = s3::S3::start(&tools::s3());
+    let job = job_with_bucket("0.16.0", &bucket);
+    let setup = job.setup().green();
+    assert!(setup.warnings().is_empty(), "{}", setup.stdout);
+    let outputs = job.entries("GITHUB_OUTPUT");
+    assert_eq!(outputs.get("mode"), Some("external"));
+    job.shell(BUILD).green();
+    job.report().green();
+    let stored = all_files(&bucket.folder()).len();
+    assert!(stored >= FILES, "{stored}");
+
+    let mut reader = job_with_bucket("0.16.0", &bucket);
+    reader.set("INPUT_READ-ONLY", "true");
+    c_build::write_source(&reader, 1, "100");
+    let setup = reader.setup().green();
+    assert!(setup.warnings().is_empty(), "{}", setup.stdout);
+    reader.shell(BUILD).green();
+    assert_eq!(objects(&reader), FILES);
+    let report = reader.report().green();
+    let expected = "5 hits, 1 miss, 0 errors";
+    assert!(report.stdout.contains(expected), "{}", report.stdout);
+    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    assert_eq!(all_files(&bucket.folder()).len(), stored);
+
+    // An sccache that cannot be told so is not said to have been.
+    let mut older = job_with_bucket("0.15.0", &bucket);
+    older.set("INPUT_READ-ONLY", "true");
+    let setup = older.setup().green();
+    assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
+    assert!(setup.warnings()[0].contains("cannot be kept from writing"));
+    older.report().green();
+}
+
+#[test]
+fn a_failed_setup_sets_no_variable_and_warns_once() {
     let mut job = Job::new();
-    job.set("PATH", "/nowhere");
     job.set("INPUT_INSTALL-FROM", "path");
     let setup = job.setup().green();
     assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
     assert!(setup.warnings()[0].contains("goes on without a cache"));
-    for file in ["GITHUB_ENV", "GITHUB_PATH", "GITHUB_OUTPUT"] {
+    for file in ["GITHUB_ENV", "GITHUB_OUTPUT"] {
         assert_eq!(job.file(file), "", "{file}");
     }
+    // The doctor is on PATH then, and knows the stand-in for none.
+    let doctor = job.shell("sccache-action doctor");
+    assert_eq!(doctor.status, Some(1), "{}", doctor.stdout);
+    let finding = "sccache        there is none on PATH";
+    assert!(doctor.stdout.contains(finding), "{}", doctor.stdout);
     let report = job.report().green();
     assert!(report.warnings().is_empty(), "{}", report.stdout);
     assert!(
         job.file("GITHUB_STEP_SUMMARY")
             .contains("sccache was not used")
     );
+}
+
+#[test]
+fn a_step_that_calls_sccache_of_its_own_accord_still_builds_after_a_failed_setup() {
+    // Nothing that the main step can see says that the build will.
+    let mut job = Job::new();
+    job.set("INPUT_INSTALL-FROM", "path");
+    write_sources(&job);
+    job.setup().green();
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    // A second use does not take the stand-in for an sccache.
+    let again = job.setup().green();
+    let warning = &again.warnings()[0];
+    assert!(warning.contains("sccache is not on PATH"), "{warning}");
+}
+
+#[test]
+fn a_failed_setup_leaves_an_sccache_of_the_runners_own_on_path() {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.set("INPUT_VERSION", "0.0.1");
+    job.setup().green();
+    assert_eq!(job.file("GITHUB_PATH"), "");
 }
 
 #[test]

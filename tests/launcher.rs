@@ -198,23 +198,35 @@ fn a_lost_executable_bit_is_put_back() {
 }
 
 #[test]
-fn a_wrapper_that_the_workflow_names_and_nobody_has_is_unset() {
+fn an_sccache_that_the_workflow_names_and_nobody_has_is_unset() {
     let launcher = Launcher::with_script("exit 3");
     let node = Command::new("sh")
         .args(["-c", "command -v node"])
         .output()
         .unwrap();
     let node = PathBuf::from(String::from_utf8_lossy(&node.stdout).trim());
-    for (wrapper, expected) in [("sccache", "RUSTC_WRAPPER=\n"), ("other", "")] {
+    for (name, value, expected) in [
+        ("RUSTC_WRAPPER", "sccache", "RUSTC_WRAPPER=\n"),
+        ("RUSTC_WRAPPER", "/nowhere/sccache", "RUSTC_WRAPPER=\n"),
+        ("RUSTC_WRAPPER", "other", ""),
+        ("CC", "sccache gcc -m32", "CC=gcc -m32\n"),
+        ("CC", "gcc", ""),
+        ("CC", "sccache gcc\nPATH=/x", ""),
+        (
+            "CMAKE_C_COMPILER_LAUNCHER",
+            "sccache",
+            "CMAKE_C_COMPILER_LAUNCHER=\n",
+        ),
+    ] {
         let mut job = Job::new();
-        job.set("RUSTC_WRAPPER", wrapper);
+        job.set(name, value);
         job.set("PATH", "/usr/bin:/bin");
         job.action_step(
             false,
             &[node.clone(), launcher.folder.path().join("main.js")],
         )
         .green();
-        assert_eq!(job.file("GITHUB_ENV"), expected);
+        assert_eq!(job.file("GITHUB_ENV"), expected, "{name}={value}");
     }
 }
 

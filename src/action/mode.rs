@@ -53,12 +53,15 @@ impl fmt::Display for Mode {
     }
 }
 
+/// The variable with the path of sccache's configuration file.
+pub const CONFIGURATION_FILE: &str = "SCCACHE_CONF";
+
 /// The variables that name a storage of the user's own (`src/config.rs` of sccache). Each is enough
 /// to make sccache use it.
 const EXTERNAL_STORAGE: [&str; 13] = [
     "SCCACHE_AZURE_CONNECTION_STRING",
     "SCCACHE_BUCKET",
-    "SCCACHE_CONF",
+    CONFIGURATION_FILE,
     "SCCACHE_COS_BUCKET",
     "SCCACHE_GCS_BUCKET",
     "SCCACHE_MEMCACHED",
@@ -69,6 +72,19 @@ const EXTERNAL_STORAGE: [&str; 13] = [
     "SCCACHE_REDIS_CLUSTER_ENDPOINTS",
     "SCCACHE_REDIS_ENDPOINT",
     "SCCACHE_WEBDAV_ENDPOINT",
+];
+
+/// By which variable each storage but the disk is only read (`src/config.rs` of sccache, since 0.16).
+const READ_WRITE_MODES: [&str; 9] = [
+    "SCCACHE_AZURE_RW_MODE",
+    "SCCACHE_COS_RW_MODE",
+    "SCCACHE_GCS_RW_MODE",
+    "SCCACHE_GHA_RW_MODE",
+    "SCCACHE_MEMCACHED_RW_MODE",
+    "SCCACHE_OSS_RW_MODE",
+    "SCCACHE_REDIS_RW_MODE",
+    "SCCACHE_S3_RW_MODE",
+    "SCCACHE_WEBDAV_RW_MODE",
 ];
 
 /// A mode, and what the user should hear about the choice.
@@ -175,13 +191,25 @@ pub fn server_environment(environment: &Environment, storage: &Storage<'_>) -> E
     } else if storage.mode == Mode::Direct || chain_has_githubs_cache(environment, storage.mode) {
         use_githubs_cache(&mut server, environment, storage);
     }
-    if storage.mode == Mode::Local && storage.read_only {
-        server.set("SCCACHE_LOCAL_RW_MODE", "READ_ONLY");
+    // The relay knows by itself what may be written.
+    if storage.read_only && storage.mode != Mode::Packed {
+        only_read(&mut server, storage.mode);
     }
     if !server.has("SCCACHE_IDLE_TIMEOUT") {
         server.set("SCCACHE_IDLE_TIMEOUT", "0");
     }
     server
+}
+
+/// Has the server write to no storage. What sccache's configuration file names, no variable reaches.
+fn only_read(server: &mut Environment, mode: Mode) {
+    for name in READ_WRITE_MODES {
+        server.set(name, "READ_ONLY");
+    }
+    // By this variable alone sccache would take its own disk in place of one that the file names.
+    if mode == Mode::Local || !server.has(CONFIGURATION_FILE) {
+        server.set("SCCACHE_LOCAL_RW_MODE", "READ_ONLY");
+    }
 }
 
 /// Whether the user's own chain of storages (sccache 0.15 and newer) has GitHub's cache in it.
@@ -245,9 +273,6 @@ fn use_githubs_cache(server: &mut Environment, environment: &Environment, storag
     }
     if let Some(namespace) = storage.namespace {
         server.set("SCCACHE_GHA_VERSION", namespace);
-    }
-    if storage.read_only {
-        server.set("SCCACHE_GHA_RW_MODE", "READ_ONLY");
     }
     if service_is_on_loopback(environment) {
         never_through_a_proxy(server);
@@ -399,6 +424,22 @@ mod tests {
         let server = server_environment(&github(), &storage);
         assert_eq!(server.get("SCCACHE_GHA_VERSION"), Some("nightly"));
         assert_eq!(server.get("SCCACHE_GHA_RW_MODE"), Some("READ_ONLY"));
+    }
+
+    #[test]
+    fn read_only_reaches_each_storage_that_the_user_may_have() {
+        let storage = Storage {
+            read_only: true,
+            ..storage(Mode::External)
+        };
+        let user = with(github(), "SCCACHE_S3_RW_MODE", "READ_WRITE");
+        let server = server_environment(&user, &storage);
+        for name in READ_WRITE_MODES {
+            assert_eq!(server.get(name), Some("READ_ONLY"), "{name}");
+        }
+        assert!(server.has("SCCACHE_LOCAL_RW_MODE"));
+        let user = with(user, CONFIGURATION_FILE, "/f");
+        assert!(!server_environment(&user, &storage).has("SCCACHE_LOCAL_RW_MODE"));
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::action::cargo;
 use crate::action::environment::Environment;
 use crate::action::inputs::{Inputs, OnFailure, Secret, Wrap};
-use crate::action::mode::{self, CHAIN_SINCE, Choice, Mode, READ_ONLY_SINCE, RelayAccess, Storage};
+use crate::action::mode::{
+    self, CHAIN_SINCE, CONFIGURATION_FILE, Choice, Mode, READ_ONLY_SINCE, RelayAccess, Storage,
+};
 use crate::action::probe;
 use crate::action::relay::{self, StartedRelay};
 use crate::action::runner_files::{RunnerFiles, Variable};
@@ -20,7 +22,7 @@ use crate::github;
 use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
 use crate::sccache::server::{self, Server, ServerError};
-use crate::sccache::state::StateDir;
+use crate::sccache::state::{StateDir, sccache_on_path};
 use crate::sccache::stats::Stats;
 use crate::wrapper;
 
@@ -140,14 +142,18 @@ fn failed(
         return Outcome::Failed;
     }
     let mut text = format!("sccache is not used, and the build goes on without a cache: {error}");
-    if let Some(name) = names_sccache(environment) {
-        // The workflow calls sccache whether we export anything or not.
-        if let Err(error) = stand_in(environment, program, files) {
-            let _ = write!(
-                text,
-                "\n{name} names sccache, for which a stand-in could not be made: {error}"
-            );
-        }
+    // A later step may call sccache whether we export anything or not: by a variable of this job's, or
+    // by a command or a setting that cannot be seen from here. Where the runner has an sccache of its
+    // own, the latter call that one, as they would without this action.
+    let named = names_sccache(environment);
+    if (named.is_some() || sccache_on_path(environment).is_none())
+        && let Err(error) = stand_in(environment, program, files)
+    {
+        let who = named.unwrap_or("a later step");
+        let _ = write!(
+            text,
+            "\nA stand-in for sccache could not be made, for where {who} calls it: {error}"
+        );
     }
     log.warning(TITLE, text);
     let setup = Setup::Failed {
@@ -468,6 +474,15 @@ fn read_only(
     }
     if read_only && inputs.read_only.is_none() {
         log.info(relay::READ_ONLY_TOKEN);
+    }
+    if read_only && mode == Mode::External && environment.has(CONFIGURATION_FILE) {
+        log.warning(
+            TITLE,
+            format!(
+                "`read-only` does not reach the storages of the file that {CONFIGURATION_FILE} \
+                 names: set `rw_mode = \"READ_ONLY\"` for each of them there."
+            ),
+        );
     }
     read_only
 }

@@ -10,6 +10,7 @@ use crate::action::mode::Mode;
 use crate::action::state::Found;
 use crate::action::summary::{self, Report};
 use crate::sccache::server::{Server, ServerError};
+use crate::sccache::state::sccache_on_path;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats, StatsError};
 use crate::service::auth;
 
@@ -48,7 +49,7 @@ pub enum StatsCommandError {
 pub(crate) fn server_of(environment: &Environment, found: Option<&Found>) -> Option<Server> {
     let sccache: Option<PathBuf> = found
         .and_then(|found| found.state_dir.sccache())
-        .or_else(|| environment.find_program("sccache"));
+        .or_else(|| sccache_on_path(environment));
     Some(Server::new(sccache?, port(environment)))
 }
 

@@ -8,7 +8,7 @@ use semver::Version;
 use serde::{Deserialize, Serialize};
 
 use crate::action::environment::Environment;
-use crate::action::inputs::DEFAULT_VERSION;
+use crate::action::inputs::NEWEST_TESTED;
 use crate::action::mode::{Mode, external_storage, is_on};
 use crate::action::scopes;
 use crate::action::state::About;
@@ -236,8 +236,8 @@ pub fn sccache(found: Option<(&Path, Result<Version, String>)>, is_set_up: bool)
         return Finding::note(CHECK, text, mend);
     }
     let minor = |version: &Version| (version.major, version.minor);
-    if known(DEFAULT_VERSION).is_some_and(|newest| minor(&version) > minor(&newest)) {
-        let mend = format!("nothing, if it works: {DEFAULT_VERSION} is the newest that is tested");
+    if known(NEWEST_TESTED).is_some_and(|newest| minor(&version) > minor(&newest)) {
+        let mend = format!("nothing, if it works: {NEWEST_TESTED} is the newest that is tested");
         return Finding::note(CHECK, text, mend);
     }
     Finding::ok(CHECK, text)

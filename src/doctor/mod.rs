@@ -28,6 +28,7 @@ use crate::github::cache_client::{CacheClient, Endpoint};
 use crate::http_client::{self, Timeouts, is_on_loopback};
 use crate::install::{self, Platform};
 use crate::sccache::server::Server;
+use crate::sccache::state::sccache_on_path;
 use crate::sccache::stats::Stats;
 
 /// How long a server may take. A person waits.
@@ -117,7 +118,7 @@ async fn date_of(endpoint: &Endpoint) -> Option<SystemTime> {
 async fn sccache(environment: &Environment, found: Option<&Found>) -> Finding {
     let path = match found {
         Some(found) => found.state_dir.sccache().filter(|path| path.exists()),
-        None => environment.find_program("sccache"),
+        None => sccache_on_path(environment),
     };
     let Some(path) = path else {
         return checks::sccache(None, found.is_some());

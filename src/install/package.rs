@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::action::environment::Environment;
 use crate::install::version::VersionSpec;
-use crate::sccache::state::StateDir;
+use crate::sccache::state::sccache_on_path;
 
 /// Time for a client of a registry. cargo compiles sccache, which takes minutes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20 * 60);
@@ -299,17 +299,12 @@ fn binary_in(folder: &Path) -> PathBuf {
         .join(format!("sccache{}", std::env::consts::EXE_SUFFIX))
 }
 
-/// The sccache on `PATH`. Where that is the wrapper of an earlier set-up, it is the sccache behind
-/// it.
+/// The sccache on `PATH` that is no wrapper of this action's.
 ///
 /// # Errors
 /// Where there is none.
 pub fn path(environment: &Environment) -> Result<PathBuf, PackageError> {
-    let found = environment
-        .find_program("sccache")
-        .ok_or(PackageError::NoClient("sccache"))?;
-    let behind = StateDir::of_wrapper(&found).and_then(|state| state.sccache());
-    Ok(behind.unwrap_or(found))
+    sccache_on_path(environment).ok_or(PackageError::NoClient("sccache"))
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::action::environment::Environment;
+
 /// Which compiles the cargo cache keeps the outcome of: those of these packages into these folders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptByCargo {
@@ -41,6 +43,20 @@ impl KeptByCargo {
     }
 }
 
+/// How the name of each set-up's folder begins.
+const PREFIX: &str = "sccache-action-";
+
+/// The sccache on `PATH`. Where that is the wrapper of an earlier set-up it is the sccache behind it,
+/// and where it is the stand-in of one that failed it is the next on `PATH`.
+pub fn sccache_on_path(environment: &Environment) -> Option<PathBuf> {
+    environment
+        .find_programs("sccache")
+        .find_map(|found| match StateDir::of_wrapper(&found) {
+            Some(state) if state.is_named_as_ours() => state.sccache(),
+            _ => Some(found),
+        })
+}
+
 /// One set-up's folder.
 ///
 /// ```text
@@ -68,7 +84,7 @@ impl StateDir {
     pub fn create(parent: &Path, sccache: Option<&Path>) -> io::Result<Self> {
         fs::create_dir_all(parent)?;
         let root = tempfile::Builder::new()
-            .prefix("sccache-action-")
+            .prefix(PREFIX)
             .tempdir_in(parent)?
             .keep();
         let state = Self { root };
@@ -100,6 +116,11 @@ impl StateDir {
     pub fn of_wrapper(wrapper: &Path) -> Option<Self> {
         let root = wrapper.parent()?.parent()?.to_owned();
         Some(Self { root })
+    }
+
+    fn is_named_as_ours(&self) -> bool {
+        let name = self.root.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with(PREFIX))
     }
 
     /// The folder itself.

@@ -380,7 +380,9 @@ fn mean(total: Elapsed, count: u64) -> Option<Duration> {
 /// What sccache's reasons mean (`cannot_cache!` in `src/compiler/` of sccache; those of Rust and
 /// gcc were checked by calling sccache 0.16 so that it gives them).
 fn explanation(reason: &str) -> Option<&'static str> {
-    Some(match reason {
+    // sccache 0.19 says which crate types: `crate-type (bin)`.
+    let kind = reason.split_once(" (").map_or(reason, |(kind, _)| kind);
+    Some(match kind {
         "crate-type" => {
             "Rust binaries, tests, proc macros and dynamic libraries: they are linked, and what the \
              linker makes is not cached"
@@ -435,7 +437,7 @@ mod tests {
     }
 
     /// Every version ran the same calls (`tests/fixtures/stats/make.sh`).
-    const VERSIONS: [&str; 10] = [
+    const VERSIONS: [&str; 11] = [
         "0.4.0-pre.6",
         "0.4.0",
         "0.5.3",
@@ -446,7 +448,22 @@ mod tests {
         "0.14.0",
         "0.15.0",
         "0.16.0",
+        "0.19.0",
     ];
+
+    #[test]
+    fn a_reason_means_the_same_in_each_version() {
+        for (version, reason) in [("0.16.0", "crate-type"), ("0.19.0", "crate-type (bin)")] {
+            let stats = fixture(version);
+            let reasons = stats.reasons();
+            let found = reasons.iter().find(|found| found.reason == reason).unwrap();
+            let explanation = found.explanation.unwrap();
+            assert!(
+                explanation.starts_with("Rust binaries"),
+                "{version} {explanation}"
+            );
+        }
+    }
 
     #[test]
     fn the_statistics_of_every_version_say_the_same_of_the_same_calls() {
