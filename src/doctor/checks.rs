@@ -164,8 +164,8 @@ pub fn writing(environment: &Environment) -> Finding {
         return Finding::note(
             "writing",
             "the token may only read the cache",
-            "GitHub gives such tokens to triggers that it does not trust, such as a fork's pull \
-             request; jobs of the repository itself fill the cache",
+            "GitHub gives such tokens to jobs on the default branch that outsiders can start, such \
+             as those of pull_request_target; jobs of a push fill the cache",
         );
     }
     match scopes::Scopes::of(environment, false).write {
