@@ -1,8 +1,9 @@
-//! Bytes from the cache service that may be no manifest of the cargo cache.
+//! Bytes from the cache service that may be no manifest of the cargo cache, or one that means harm.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use sccache_action::cargo::files;
 use sccache_action::cargo::lockfile::Lockfile;
 use sccache_action::cargo::manifest::Manifest;
 
@@ -27,4 +28,15 @@ fuzz_target!(|plain: &[u8]| {
     };
     let wanted = manifest.wanted(&lockfile, true);
     assert!(wanted.iter().all(|number| *number < manifest.parts.len()));
+    let Ok(folder) = tempfile::tempdir() else {
+        return;
+    };
+    let root = folder.path().join("root");
+    for part in manifest.parts.iter().take(4) {
+        // Its content is whatever it is.
+        let _ = files::put(&root, part, &*stored);
+    }
+    let names = std::fs::read_dir(folder.path()).into_iter().flatten();
+    let names: Vec<_> = names.flatten().map(|entry| entry.file_name()).collect();
+    assert!(names.iter().all(|name| name == "root"), "{names:?}");
 });
