@@ -535,8 +535,10 @@ async fn a_folder_serves_one_service_at_a_time() {
     let clock = sccache_action::service::entries::system_clock();
     let second = EntryStore::open(&place.storage, clock).await;
     assert!(matches!(second, Err(OpenError::InUse(_))));
-    drop(store);
+    // The next has it as soon as this one is closed, whatever of it is not gone yet.
+    store.close().await;
     place.open().await;
+    drop(store);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

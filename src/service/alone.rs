@@ -243,6 +243,8 @@ impl Running {
         }
         let ended = tokio::time::timeout(DRAIN, self.ended()).await;
         self.swept.abort();
+        // It is aborted where it waits, which is soon.
+        let _ = (&mut self.swept).await;
         self.shared.store.close().await;
         ended.unwrap_or_else(|_| {
             let waited = format!("requests were cut off after {} s", DRAIN.as_secs());

@@ -166,8 +166,8 @@ struct Inner {
     received: AtomicU64,
     /// Says that a sweep should not wait for its time.
     crowded: Notify,
-    /// Held open: the lock ends with it.
-    _lock: Option<fs::File>,
+    /// Held open, and let go of by [`EntryStore::close`].
+    lock: Option<fs::File>,
 }
 
 /// What a sweep did.
@@ -245,7 +245,7 @@ impl EntryStore {
             touched: Mutex::default(),
             received: AtomicU64::new(0),
             crowded: Notify::new(),
-            _lock: lock,
+            lock,
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -358,10 +358,15 @@ impl EntryStore {
         }
     }
 
-    /// Notes what must not be forgotten, and closes the database.
+    /// Notes what must not be forgotten, closes the database, and lets another have the folder.
     pub async fn close(&self) {
         self.note_uses().await;
         self.inner.catalog.close().await;
+        // Where only its file were closed, a connection that is not quite gone would keep the lock, or
+        // another program that is being started just now. A lock that cannot be let go of ends then.
+        if let Some(lock) = &self.inner.lock {
+            let _ = lock.unlock();
+        }
     }
 
     fn used(&self, entry: u64) {
