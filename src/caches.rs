@@ -73,7 +73,7 @@ pub struct PruneOptions {
     /// asked about each ref: that takes `pull-requests: read` and `contents: read` as well
     #[arg(long)]
     pub merged: bool,
-    /// Packs of this namespace only: all of them, or those that --unused and --merged name
+    /// Packs of this namespace only (`default` is what has no name): all of them, or those that --unused and --merged name
     #[arg(long)]
     pub namespace: Option<String>,
     /// In place of packs the entries that sccache itself made, one for each object (mode direct):

@@ -89,6 +89,15 @@ pub enum RehearsalError {
     /// The embedded cache service did not start.
     #[error(transparent)]
     Service(#[from] ServiceError),
+    /// A step could not be run at all.
+    #[error("the step `{step}` cannot be run: {error}")]
+    NotRun {
+        /// The step.
+        step: String,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
     /// A step failed.
     #[error("the step `{step}` of the {job} job failed ({status})")]
     Step {
@@ -270,6 +279,23 @@ async fn run_job(
     stage: &Stage,
     running: &Running,
 ) -> Result<JobResult, RehearsalError> {
+    let result = run_steps(rehearsal, stage, running).await;
+    // A runner runs the post step whatever became of the others; without it the job's servers would
+    // stay.
+    if result.is_err()
+        && let Ok(environment) = stage.post_step()
+    {
+        let report = [rehearsal.program.as_os_str(), "report".as_ref()];
+        let _ = step(stage, &report, &environment).await;
+    }
+    result
+}
+
+async fn run_steps(
+    rehearsal: &Rehearsal,
+    stage: &Stage,
+    running: &Running,
+) -> Result<JobResult, RehearsalError> {
     let before = running.counters();
     let program = rehearsal.program.as_os_str();
     let setup = step(stage, &[program, "setup".as_ref()], &stage.environment).await?;
@@ -330,7 +356,11 @@ async fn step_in(
     if let Some(folder) = folder {
         step.current_dir(folder);
     }
-    let status = step.status().await?;
+    let status = step.status().await;
+    let status = status.map_err(|error| RehearsalError::NotRun {
+        step: words.join(" "),
+        error,
+    })?;
     if !status.success() {
         return Err(RehearsalError::Step {
             step: words.join(" "),

@@ -59,7 +59,7 @@ pub struct Options {
     #[arg(long, env = "SCCACHE_ACTION_S3_REGION", requires = "blobs")]
     pub s3_region: Option<String>,
 
-    /// A file of tokens and of what each opens; see docs/cache-service.md
+    /// A file of tokens and of what each opens; see docs/serve.md
     #[arg(long, env = "SCCACHE_ACTION_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 

@@ -20,13 +20,17 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use crate::sccache::state::StateDir;
 
 /// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
-/// encountered fatal error`, `sccache: incremental compilation is prohibited`. Their exit statuses
-/// differ (2, 254 and 1), and compilers use these too.
+/// encountered fatal error`. Their exit statuses differ (2 and 254), and compilers use these too.
 const SCCACHE_SPEAKS: &str = "sccache: ";
 
 /// How many failures of sccache are tolerated before the compiles stop asking it. A failed server
 /// start can take seconds, and a build has thousands of compiles.
 const FAILURES_BEFORE_GIVING_UP: usize = 3;
+
+/// Where one of these is 1, sccache since 0.5 refuses every compile, of C as well, and says so on
+/// standard output (`src/commands.rs` of sccache). What is compiled incrementally it knows by the
+/// compiler's arguments, and does not cache that.
+const INCREMENTAL: [&str; 2] = ["CARGO_BUILD_INCREMENTAL", "CARGO_INCREMENTAL"];
 
 /// Whether a program called `argv0` is to act as the wrapper.
 pub fn is_wrapper(argv0: &OsStr) -> bool {
@@ -123,11 +127,14 @@ enum Outcome {
 /// Runs sccache to its end. Its standard error is held back until the outcome is known; nothing is
 /// delayed by that, since sccache prints a compiler's output only when the compiler has finished.
 fn sccache(real: &Path, arguments: &[OsString]) -> Outcome {
-    let spawned = Command::new(real)
-        .args(arguments)
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = match spawned {
+    let mut command = Command::new(real);
+    command.args(arguments).stderr(Stdio::piped());
+    for name in INCREMENTAL {
+        if std::env::var_os(name).is_some_and(|value| value == "1") {
+            command.env(name, "0");
+        }
+    }
+    let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
             return Outcome::SccacheFailed(format!("{} did not start: {error}", real.display()));
@@ -324,11 +331,6 @@ mod tests {
                 254,
                 "sccache: encountered fatal error\n",
                 "encountered fatal error",
-            ),
-            (
-                1,
-                "sccache: incremental is prohibited",
-                "incremental is prohibited",
             ),
         ] {
             let found = failure_of_sccache(exited(code), said.as_bytes());

@@ -463,9 +463,11 @@ fn a_failed_setup_sets_no_variable_and_warns_once() {
     let setup = job.setup().green();
     assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
     assert!(setup.warnings()[0].contains("goes on without a cache"));
-    for file in ["GITHUB_ENV", "GITHUB_OUTPUT"] {
-        assert_eq!(job.file(file), "", "{file}");
-    }
+    assert_eq!(job.file("GITHUB_OUTPUT"), "");
+    let exported = job.entries("GITHUB_ENV");
+    let names: Vec<&str> = exported.iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["SCCACHE_PATH"]);
+    job.shell("${SCCACHE_PATH} --show-stats").green();
     // The doctor is on PATH then, and knows the stand-in for none.
     let doctor = job.shell("sccache-action doctor");
     assert_eq!(doctor.status, Some(1), "{}", doctor.stdout);
@@ -500,6 +502,46 @@ fn a_failed_setup_leaves_an_sccache_of_the_runners_own_on_path() {
     job.set("INPUT_VERSION", "0.0.1");
     job.setup().green();
     assert_eq!(job.file("GITHUB_PATH"), "");
+    job.shell("${SCCACHE_PATH} --show-stats").green();
+}
+
+#[test]
+fn a_step_that_wants_incremental_builds_is_not_refused() {
+    for version in ["0.19.0", "0.16.0", "0.5.3"] {
+        let mut job = Job::with_sccache(&tools::sccache(version));
+        write_sources(&job);
+        job.set("INPUT_MODE", "local");
+        job.setup().green();
+        for name in ["CARGO_INCREMENTAL", "CARGO_BUILD_INCREMENTAL"] {
+            let rustc = "sccache rustc -vV";
+            job.shell(&format!("export {name}=1; {BUILD}; {rustc}"))
+                .green();
+        }
+        assert_eq!(objects(&job), FILES);
+        let report = job.report().green();
+        assert!(report.warnings().is_empty(), "{}", report.stdout);
+        let expected = "6 hits, 6 misses, 0 errors";
+        assert!(
+            report.stdout.contains(expected),
+            "{version} {}",
+            report.stdout
+        );
+    }
+}
+
+#[test]
+fn an_sccache_that_goes_to_the_disk_after_all_is_not_said_to_be_read_only() {
+    let store = tempfile::tempdir().unwrap();
+    let service = Service::start(store.path());
+    // Debian's knows no GitHub's cache, and writes to its disk whatever it is told.
+    let mut job = job_with_service("debian", &service);
+    job.set("INPUT_MODE", "packed");
+    job.set("INPUT_READ-ONLY", "true");
+    let setup = job.setup().green();
+    let mut warnings = setup.warnings().into_iter();
+    let found = warnings.any(|warning| warning.contains("cannot be kept from writing"));
+    assert!(found, "{}", setup.stdout);
+    job.report().green();
 }
 
 #[test]
@@ -532,7 +574,7 @@ fn a_binary_that_is_no_sccache_is_not_used() {
     let job = Job::with_sccache(Path::new("/bin/true"));
     let setup = job.setup().green();
     assert_eq!(setup.warnings().len(), 1, "{}", setup.stdout);
-    assert_eq!(job.file("GITHUB_ENV"), "");
+    assert!(!job.entries("GITHUB_ENV").has("RUSTC_WRAPPER"));
 }
 
 #[test]

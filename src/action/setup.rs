@@ -142,17 +142,10 @@ fn failed(
         return Outcome::Failed;
     }
     let mut text = format!("sccache is not used, and the build goes on without a cache: {error}");
-    // A later step may call sccache whether we export anything or not: by a variable of this job's, or
-    // by a command or a setting that cannot be seen from here. Where the runner has an sccache of its
-    // own, the latter call that one, as they would without this action.
-    let named = names_sccache(environment);
-    if (named.is_some() || sccache_on_path(environment).is_none())
-        && let Err(error) = stand_in(environment, program, files)
-    {
-        let who = named.unwrap_or("a later step");
+    if let Err(error) = stand_in(environment, program, files) {
         let _ = write!(
             text,
-            "\nA stand-in for sccache could not be made, for where {who} calls it: {error}"
+            "\nA stand-in for sccache could not be made, for steps that call it: {error}"
         );
     }
     log.warning(TITLE, text);
@@ -164,8 +157,8 @@ fn failed(
     Outcome::Done
 }
 
-/// The variable by which the workflow itself calls `sccache`, wherever on `PATH` that is.
-fn names_sccache(environment: &Environment) -> Option<&'static str> {
+/// Whether a variable of the workflow's own calls `sccache`, wherever on `PATH` that is.
+fn names_sccache(environment: &Environment) -> bool {
     [
         "RUSTC_WRAPPER",
         "RUSTC_WORKSPACE_WRAPPER",
@@ -178,7 +171,7 @@ fn names_sccache(environment: &Environment) -> Option<&'static str> {
         "NVCC",
     ]
     .into_iter()
-    .find(|name| {
+    .any(|name| {
         environment.get(name).is_some_and(|value| {
             value
                 .split_whitespace()
@@ -188,14 +181,22 @@ fn names_sccache(environment: &Environment) -> Option<&'static str> {
     })
 }
 
-/// Puts a `sccache` on later steps' `PATH` that only runs the compiler.
+/// Makes a `sccache` that only runs the compiler, for later steps: they may call it whether anything is
+/// exported or not, by a variable of this job's, or by a command or a setting that cannot be seen from
+/// here. Where the runner has an sccache of its own, the latter call that one, as they would without
+/// this action.
 fn stand_in(environment: &Environment, program: &Path, files: &RunnerFiles) -> io::Result<()> {
     let state_dir = StateDir::create(&temporary_folder(environment), None)?;
     let wrapper = wrapper::install(program, &state_dir)?;
-    match wrapper.parent() {
-        Some(folder) => files.add_to_path(folder),
-        None => Ok(()),
+    if let Some(folder) = wrapper.parent()
+        && (names_sccache(environment) || sccache_on_path(environment).is_none())
+    {
+        files.add_to_path(folder)?;
     }
+    if environment.has("SCCACHE_PATH") {
+        return Ok(());
+    }
+    files.export(&[("SCCACHE_PATH".to_owned(), wrapper.display().to_string())])
 }
 
 /// The runner's folder for temporary files, which it empties between jobs.
@@ -379,8 +380,13 @@ impl Begun<'_> {
             Err(error) => format!("mode {} cannot be had: {error}", storage.mode),
         };
         settle_for_the_disk(inputs, why, log)?;
+        storage.read_only = if storage.mode == Mode::Packed {
+            // The relay was to see to it.
+            read_only(self.environment, inputs, installed, Mode::Local, log)
+        } else {
+            inputs.read_only == Some(true) && storage.read_only
+        };
         storage.mode = Mode::Local;
-        storage.read_only = inputs.read_only == Some(true) && storage.read_only;
         self.start_with(&storage, installed, log)
             .await
             .map_err(SetupError::Start)
@@ -783,9 +789,8 @@ mod tests {
 
     #[test]
     fn a_workflow_that_calls_sccache_by_itself_is_recognised() {
-        let calls = |name: &str, value: &str| {
-            names_sccache(&Environment::from_iter([(name, value)])).is_some()
-        };
+        let calls =
+            |name: &str, value: &str| names_sccache(&Environment::from_iter([(name, value)]));
         assert!(calls("RUSTC_WRAPPER", "sccache"));
         assert!(calls("CC", "sccache gcc"));
         assert!(!calls("RUSTC_WRAPPER", "/opt/sccache"));
