@@ -19,15 +19,15 @@
 mod job;
 #[path = "cargo/project.rs"]
 mod project;
-#[path = "../tests/support/registry.rs"]
+#[path = "../tests/it/support/registry.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod registry;
-#[path = "../tests/support/runner.rs"]
+#[path = "../tests/it/support/runner.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod runner;
-#[path = "../tests/support/tools.rs"]
+#[path = "../tests/it/support/tools.rs"]
 mod tools;
-#[path = "../tests/support/upstream.rs"]
+#[path = "../tests/it/support/upstream.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod upstream;
 

@@ -19,14 +19,14 @@ mod job;
 mod project;
 #[path = "modes/relay.rs"]
 mod relay;
-#[path = "../tests/support/runner.rs"]
+#[path = "../tests/it/support/runner.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod runner;
 #[path = "modes/table.rs"]
 mod table;
-#[path = "../tests/support/tools.rs"]
+#[path = "../tests/it/support/tools.rs"]
 mod tools;
-#[path = "../tests/support/upstream.rs"]
+#[path = "../tests/it/support/upstream.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod upstream;
 

@@ -230,7 +230,7 @@ fn clean(job: &Job) {
 fn toolkit(job: &Job, post: bool, command: &str, keys: &str) -> String {
     let script = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/tests/support/actions_cache.mjs"
+        "/tests/it/support/actions_cache.mjs"
     );
     let modules = tools::actions_cache(tools::ACTIONS_CACHE)
         .display()

@@ -269,7 +269,7 @@ fn save(occasion: &Occasion<'_>, job: &Job, path: &str) {
 fn toolkit(job: &Job, post: bool, arguments: [&str; 3]) -> String {
     let script = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/tests/support/actions_cache.mjs"
+        "/tests/it/support/actions_cache.mjs"
     );
     let modules = tools::actions_cache(tools::ACTIONS_CACHE)
         .display()

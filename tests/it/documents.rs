@@ -1,7 +1,5 @@
 //! What the documents say of the code is so.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,7 +74,7 @@ fn the_readmes_table_of_inputs_is_that_of_action_yml() {
     }
     assert!(
         std::env::var_os("UPDATE_DOCUMENTS").is_some(),
-        "run `UPDATE_DOCUMENTS=1 cargo test --test documents`; it must be\n{expected}"
+        "run `UPDATE_DOCUMENTS=1 cargo test --test it documents::`; it must be\n{expected}"
     );
     let text = format!("{before}{BEGIN}{expected}{END}{after}");
     fs::write(root().join("README.md"), text).unwrap();

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::target::{Target, Who};
-use super::tools;
+use crate::support::tools;
 
 /// How many files of C and how many crates of Rust a build compiles.
 const C_FILES: u64 = 4;

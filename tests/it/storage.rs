@@ -1,28 +1,18 @@
 //! The store of the cache service, over each database and each place for blobs: SQLite and
 //! PostgreSQL, a folder and a bucket that speaks S3.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "support/postgres.rs"]
-mod postgres;
-#[path = "support/s3.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod s3;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-
+use crate::support::tools;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::support::postgres::Postgres;
+use crate::support::s3::S3;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
-use postgres::Postgres;
 use proptest::prelude::*;
-use s3::S3;
 use sccache_action::service::blobs::Location;
 use sccache_action::service::catalog::{Database, PostgresUrl};
 use sccache_action::service::entries::{EntryStore, Limits, OpenError, Storage, Sweep};

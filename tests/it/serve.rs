@@ -1,15 +1,6 @@
 //! `sccache-action serve` as a process: what it does when it is killed or told to end, whom it lets
 //! in, what it tells.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/served.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod served;
-#[path = "conformance/target.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod target;
-
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
@@ -18,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::conformance::target::{Answer, Cache, Target, V1, Who, noise, send};
+use crate::support::served::Served;
 use axum::Router;
 use axum::routing::get;
 use hmac::{Hmac, Mac};
@@ -25,9 +18,7 @@ use reqwest::Method;
 use sccache_action::service::auth;
 use sccache_action::service::entries::{EntryStore, Limits, Storage};
 use serde_json::{Value, json};
-use served::Served;
 use sha2::Sha256;
-use target::{Answer, Cache, Target, V1, Who, noise, send};
 use tokio::net::TcpListener;
 
 /// The service with its default branch's token.
@@ -127,7 +118,10 @@ async fn save(target: &Target, cache: &Cache<'_>, key: &str) -> Option<()> {
     let request = |method: &str, mut body: Value| {
         body["version"] = json!(cache.version);
         target
-            .request(Method::POST, &format!("{}/{method}", target::V2))
+            .request(
+                Method::POST,
+                &format!("{}/{method}", crate::conformance::target::V2),
+            )
             .bearer_auth(target.token(Who::Default))
             .header("content-type", "application/json")
             .body(body.to_string())
@@ -274,7 +268,7 @@ async fn issuer(claims: &[Value]) -> (String, Vec<String>) {
         }
         claims.to_string()
     });
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/issuer.mjs");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/support/issuer.mjs");
     let node = Command::new("node")
         .arg(script)
         .args(claims)

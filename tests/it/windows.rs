@@ -1,24 +1,15 @@
 //! Whole jobs of a Windows runner, under wine: the action as it is built for Windows, with the real
 //! sccache, cargo and rustc of Windows. `tests/platforms` builds and fetches what they need.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/registry.rs"]
-#[allow(dead_code, reason = "benches use the rest")]
-mod registry;
-#[path = "support/upstream.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod upstream;
-
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use registry::Registry;
+use crate::support::registry::Registry;
+use crate::support::upstream::{Options, Upstream};
 use sccache_action::action::environment::Environment;
 use sccache_action::action::runner_files::read_entries;
 use tempfile::TempDir;
-use upstream::{Options, Upstream};
 
 /// What `tests/platforms` says.
 fn given(name: &str) -> String {

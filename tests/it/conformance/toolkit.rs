@@ -8,7 +8,7 @@ use reqwest::Url;
 use tokio::process::Command;
 
 use super::target::{Target, Who, noise};
-use super::tools;
+use crate::support::tools;
 
 /// What tells the toolkit which protocol to speak.
 type Protocol = &'static [(&'static str, &'static str)];
@@ -54,7 +54,8 @@ impl<'a> Step<'a> {
     }
 
     async fn run(&self, arguments: &[&str]) -> String {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/actions_cache.mjs");
+        let script =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/support/actions_cache.mjs");
         let folder = self.folder.path();
         // Each protocol has its own variable, so neither can stand in for the other.
         let is_v2 = self.protocol == VERSION_2;

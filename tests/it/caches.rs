@@ -1,7 +1,5 @@
 //! `caches list` and `caches prune` as processes, against GitHub's API in small.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, VecDeque};
 use std::process::Command;
 use std::sync::{Arc, Mutex};

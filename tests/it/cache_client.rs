@@ -1,8 +1,6 @@
 //! The client of cache services, against the embedded service in both protocols, and against servers
 //! that misbehave.
 
-#![allow(clippy::unwrap_used)]
-
 use std::io;
 use std::ops::Range;
 use std::path::Path;

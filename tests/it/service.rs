@@ -1,23 +1,15 @@
 //! The cache service as a process of ours: its folder, its restarts, its end. What clients may
 //! expect of it is in the conformance suite.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "conformance/target.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod target;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-
+use crate::support::tools;
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::conformance::target::{Target, Who, noise};
 use sccache_action::service::auth::BearerToken;
 use sccache_action::service::{self, Config, Running};
-use target::{Target, Who, noise};
 
 /// A service on a store in this folder.
 async fn start(folder: &Path) -> (Running, Target) {

@@ -1,30 +1,16 @@
 //! Whole jobs with cargo: what the dependencies of one job were compiled to, the next one finds
 //! fresh; with the real cargo and the real sccache, against a registry on this machine.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/registry.rs"]
-#[allow(dead_code, reason = "benches use the rest")]
-mod registry;
-#[path = "support/runner.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod runner;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-#[path = "support/upstream.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod upstream;
-
+use crate::support::tools;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
-use registry::Registry;
-use runner::{Job, Step, all_files, binary, kill};
+use crate::support::registry::Registry;
+use crate::support::runner::{Job, Step, all_files, binary, kill};
+use crate::support::upstream::{Fault, Options, Upstream};
 use tempfile::TempDir;
-use upstream::{Fault, Options, Upstream};
 
 /// A repository with its registry and its cache, whose jobs run all in the same place.
 struct Repository {

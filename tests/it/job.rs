@@ -1,33 +1,23 @@
 //! Whole jobs: the main step, a build, the post step, with the real sccache and real compilers,
 //! and with each part killed in turn.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/c_build.rs"]
-mod c_build;
-#[path = "support/runner.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod runner;
-#[path = "support/s3.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod s3;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-
+use crate::support::c_build;
+use crate::support::runner;
+use crate::support::s3;
+use crate::support::tools;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::support::c_build::{BUILD, FILES, object, objects, remove_objects, write_sources};
+use crate::support::runner::{Job, all_files, kill};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
-use c_build::{BUILD, FILES, object, objects, remove_objects, write_sources};
-use runner::{Job, all_files, kill};
 use sccache_action::service::auth::UrlSigner;
 use sccache_action::service::entries::{EntryStore, Limits, Storage, system_clock};
 use sccache_action::service::{self, Shared};

@@ -1,23 +1,18 @@
 //! Installing sccache: from releases on a server that is asked like GitHub and misbehaves to order,
 //! with real archives of the real sccache, and from the packages through their real clients.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/release_server.rs"]
-mod release_server;
-#[allow(dead_code, reason = "each test uses its part")]
-#[path = "support/tools.rs"]
-mod tools;
-
+use crate::support::tools;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::support::release_server::{
+    Answer, ReleaseServer, archive, archive_of, archive_with, asset, asset_path,
+};
 use axum::body::Bytes;
 use axum::http::StatusCode;
-use release_server::{Answer, ReleaseServer, archive, archive_of, archive_with, asset, asset_path};
 use sccache_action::action::environment::Environment;
 use sccache_action::action::workflow_command::{Log, LogLines};
 use sccache_action::http_client::Timeouts;

@@ -9,11 +9,8 @@ mod look_up;
 mod reservation;
 mod sccache;
 mod scopes;
-mod target;
+pub mod target;
 mod toolkit;
-#[path = "../support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-pub mod tools;
 mod upload_v1;
 mod upload_v2;
 

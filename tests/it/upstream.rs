@@ -1,19 +1,13 @@
 //! The upstream that other tests and the benchmark put in GitHub's place does what it says.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/upstream.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod upstream;
-
 use std::time::{Duration, Instant};
 
+use crate::support::upstream::{Counts, DEFAULT_BRANCH, Fault, Options, Upstream};
 use reqwest::{Client, Response, StatusCode};
 use sccache_action::action::environment::Environment;
 use sccache_action::action::scopes::token_is_read_only;
 use sccache_action::http_client::{self, Timeouts};
 use serde_json::{Value, json};
-use upstream::{Counts, DEFAULT_BRANCH, Fault, Options, Upstream};
 
 const V2: &str = "twirp/github.actions.results.api.v1.CacheService";
 

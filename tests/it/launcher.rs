@@ -1,21 +1,13 @@
 //! The JavaScript launcher in `dist/`, under node, with a fake runner's environment: with the
 //! binary that is released, and with binaries that misbehave.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/runner.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod runner;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-
+use crate::support::tools;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use runner::{Job, Step};
+use crate::support::runner::{Job, Step};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 

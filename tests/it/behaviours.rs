@@ -3,26 +3,15 @@
 //! Drives the service that `SCCACHE_ACTION_CONFORMANCE_URL` and `SCCACHE_ACTION_CONFORMANCE_TOKEN`
 //! name, or else one in this process.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "conformance/mod.rs"]
-mod conformance;
-#[path = "support/postgres.rs"]
-mod postgres;
-#[path = "support/s3.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod s3;
-#[path = "support/served.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod served;
-
+use crate::conformance;
+use crate::support::{s3, tools};
 use std::collections::HashMap;
 use std::path::Path;
 
-use conformance::{BEHAVIOURS, Target, Who};
-use postgres::Postgres;
-use s3::S3;
-use served::Served;
+use crate::conformance::{BEHAVIOURS, Target, Who};
+use crate::support::postgres::Postgres;
+use crate::support::s3::S3;
+use crate::support::served::Served;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_service_has_all_its_behaviours() {
@@ -51,7 +40,7 @@ fn write_tokens(file: &Path) -> HashMap<Who, String> {
 
 /// Services on `database` and a bucket, each a process, and what to do to each of them.
 async fn replicas_have_all_behaviours(count: usize, database: Option<&str>) {
-    let bucket = S3::start(&conformance::tools::s3());
+    let bucket = S3::start(&tools::s3());
     let folders: Vec<tempfile::TempDir> =
         (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
     let file = folders[0].path().join("tokens.yaml");
@@ -97,7 +86,7 @@ async fn two_services_on_one_database_and_one_bucket_have_all_behaviours_of_one(
 
 #[test]
 fn each_behaviour_is_documented_and_each_that_is_documented_is_tested() {
-    let text = include_str!("../docs/cache-service.md");
+    let text = include_str!("../../docs/cache-service.md");
     // A row: number, promise, source, test.
     let documented: Vec<(&str, &str)> = text
         .lines()

@@ -1,32 +1,20 @@
 //! Whole jobs in mode `packed`, with the real sccache and real compilers against an upstream that
 //! is far away, refuses, lies, or is gone; and with the relay and sccache killed in turn.
 
-#![allow(clippy::unwrap_used)]
-
-#[path = "support/c_build.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod c_build;
-#[path = "support/runner.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod runner;
-#[path = "support/tools.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod tools;
-#[path = "support/upstream.rs"]
-#[allow(dead_code, reason = "each test uses its part")]
-mod upstream;
-
+use crate::support::tools;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::support::c_build::{
+    BUILD, FILES, object, objects, remove_objects, write_source, write_sources,
+};
+use crate::support::runner::{Job, Step, all_files, binary, kill};
+use crate::support::upstream::{Fault, Options, Upstream};
 use axum::http::StatusCode;
-use c_build::{BUILD, FILES, object, objects, remove_objects, write_source, write_sources};
-use runner::{Job, Step, all_files, binary, kill};
 use sccache_action::http_client;
-use upstream::{Fault, Options, Upstream};
 
 fn job(sccache: &str, upstream: &Upstream) -> Job {
     let mut job = Job::with_sccache(&tools::sccache(sccache));

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::runner::Job;
+use crate::support::runner::Job;
 
 /// How many files.
 pub const FILES: usize = 6;

@@ -1,0 +1,22 @@
+//! All integration tests in one program, so that the library is linked once. `cargo test --test it
+//! MODULE::` runs one module's.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod behaviours;
+mod cache_client;
+mod caches;
+mod cargo_cache;
+mod conformance;
+mod documents;
+mod install;
+mod job;
+mod launcher;
+mod relay;
+mod serve;
+mod service;
+mod storage;
+#[allow(dead_code, reason = "benches use the rest")]
+mod support;
+mod upstream;
+mod windows;

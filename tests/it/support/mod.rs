@@ -1,0 +1,11 @@
+//! What the tests share: a runner, the simulation of GitHub's cache, servers and projects.
+
+pub mod c_build;
+pub mod postgres;
+pub mod registry;
+pub mod release_server;
+pub mod runner;
+pub mod s3;
+pub mod served;
+pub mod tools;
+pub mod upstream;
