@@ -1028,7 +1028,7 @@ async fn a_service_on_this_machine_is_not_asked_through_a_proxy() {
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
-            "a_service_on_this_machine_is_not_asked_through_a_proxy",
+            "cache_client::a_service_on_this_machine_is_not_asked_through_a_proxy",
         ])
         .env(BEHIND_PROXY, "1")
         .env("HTTP_PROXY", "http://127.0.0.1:9")
