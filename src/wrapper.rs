@@ -32,6 +32,27 @@ const FAILURES_BEFORE_GIVING_UP: usize = 3;
 /// compiler's arguments, and does not cache that.
 const INCREMENTAL: [&str; 2] = ["CARGO_BUILD_INCREMENTAL", "CARGO_INCREMENTAL"];
 
+/// By which variable sccache uses GitHub's cache. A server that its client starts, in place of one that
+/// was killed, goes by it too, looks for a token that steps do not have, and does not start. Where
+/// there is a disk cache in front of the relay that server needs nothing else, and the relay saves what
+/// it puts there.
+const GITHUBS_CACHE: &str = "SCCACHE_GHA_ENABLED";
+
+/// Whether a server that sccache's client starts does with the disk alone.
+fn has_disk_level(folder: Option<&OsStr>) -> bool {
+    folder.is_some_and(|folder| StateDir::is_disk_level(Path::new(folder)))
+}
+
+/// A call of the real sccache.
+fn call_of(real: &Path, arguments: &[OsString]) -> Command {
+    let mut command = Command::new(real);
+    command.args(arguments);
+    if has_disk_level(std::env::var_os("SCCACHE_DIR").as_deref()) {
+        command.env_remove(GITHUBS_CACHE);
+    }
+    command
+}
+
 /// Whether a program called `argv0` is to act as the wrapper.
 pub fn is_wrapper(argv0: &OsStr) -> bool {
     Path::new(argv0).file_stem() == Some(OsStr::new("sccache"))
@@ -107,7 +128,7 @@ fn call_to_sccache(real: &Path, arguments: &[OsString]) -> ExitCode {
         let _ = writeln!(io::stderr(), "sccache: the server has been started already");
         return ExitCode::SUCCESS;
     }
-    replace(real, arguments)
+    run_in_place(call_of(real, arguments))
 }
 
 fn server_listens() -> bool {
@@ -127,8 +148,8 @@ enum Outcome {
 /// Runs sccache to its end. Its standard error is held back until the outcome is known; nothing is
 /// delayed by that, since sccache prints a compiler's output only when the compiler has finished.
 fn sccache(real: &Path, arguments: &[OsString]) -> Outcome {
-    let mut command = Command::new(real);
-    command.args(arguments).stderr(Stdio::piped());
+    let mut command = call_of(real, arguments);
+    command.stderr(Stdio::piped());
     for name in INCREMENTAL {
         if std::env::var_os(name).is_some_and(|value| value == "1") {
             command.env(name, "0");
@@ -195,20 +216,24 @@ fn exit_code(status: ExitStatus) -> ExitCode {
 fn replace(program: &Path, arguments: &[OsString]) -> ExitCode {
     let mut command = Command::new(program);
     command.args(arguments);
+    run_in_place(command)
+}
+
+fn run_in_place(mut command: Command) -> ExitCode {
     #[cfg(unix)]
     {
         use std::os::unix::process::CommandExt;
         let error = command.exec();
-        cannot_run(program, &error)
+        cannot_run(command.get_program(), &error)
     }
     #[cfg(not(unix))]
     match command.status() {
         Ok(status) => exit_code(status),
-        Err(error) => cannot_run(program, &error),
+        Err(error) => cannot_run(command.get_program(), &error),
     }
 }
 
-fn cannot_run(program: &Path, error: &io::Error) -> ExitCode {
+fn cannot_run(program: &OsStr, error: &io::Error) -> ExitCode {
     // The words and status a shell has for it.
     let _ = writeln!(io::stderr(), "{}: {error}", program.display());
     ExitCode::from(127)
@@ -261,6 +286,18 @@ mod tests {
         for name in ["sccache-action", "/a/sccache/x", "sccache-dist"] {
             assert!(!is_wrapper(OsStr::new(name)), "{name}");
         }
+    }
+
+    #[test]
+    fn a_server_that_sccache_starts_needs_github_only_where_no_relay_saves_its_disk() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::create(parent.path(), None).unwrap();
+        let has = |folder: &Path| has_disk_level(Some(folder.as_os_str()));
+        assert!(has(&state.disk_level()));
+        assert!(!has(&state.relay()));
+        assert!(!has(parent.path()));
+        assert!(!has(Path::new("/home/runner/disk-level")));
+        assert!(!has_disk_level(None));
     }
 
     #[test]

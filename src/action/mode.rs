@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::action::environment::Environment;
+use crate::github::cache_client::Endpoint;
 use crate::http_client::is_on_loopback;
 
 /// Where sccache keeps its objects.
@@ -103,8 +104,8 @@ pub fn choose(requested: Option<Mode>, environment: &Environment) -> Choice {
         return Choice {
             mode: Mode::Local,
             warning: Some(
-                "the runner gave this step no cache service (ACTIONS_RESULTS_URL or \
-                 ACTIONS_CACHE_URL, and ACTIONS_RUNTIME_TOKEN)"
+                "the runner gave this step no cache service (ACTIONS_RESULTS_URL with \
+                 ACTIONS_RUNTIME_TOKEN, or ACTIONS_CACHE_URL)"
                     .to_owned(),
             ),
         };
@@ -138,9 +139,10 @@ pub fn is_on(value: &str) -> bool {
     matches!(value.to_lowercase().as_str(), "true" | "on" | "1")
 }
 
+/// Whether there is one, or an address that cannot be understood, of which the relay has its own say.
 fn has_cache_service(environment: &Environment) -> bool {
-    environment.has("ACTIONS_RUNTIME_TOKEN")
-        && (environment.has("ACTIONS_RESULTS_URL") || environment.has("ACTIONS_CACHE_URL"))
+    let address = environment.has("ACTIONS_RESULTS_URL") || environment.has("ACTIONS_CACHE_URL");
+    (address && environment.has("ACTIONS_RUNTIME_TOKEN")) || Endpoint::of(environment).is_some()
 }
 
 /// The first sccache that can have a disk cache in front of another storage.
@@ -265,6 +267,10 @@ fn use_githubs_cache(server: &mut Environment, environment: &Environment, storag
             server.set(name, format!("{value}{slash}"));
         }
     }
+    if !environment.has("ACTIONS_RUNTIME_TOKEN") {
+        // A service of version 1 may need none, and sccache looks whether the variable is there.
+        server.set("ACTIONS_RUNTIME_TOKEN", "");
+    }
     server.set("SCCACHE_GHA_ENABLED", "on");
     // The runner sets it for the toolkit's client only where the service is there. `act` imitates
     // github.com with a service of the first version, which it tells by naming no other URL.
@@ -355,6 +361,26 @@ mod tests {
         }
         let choice = choose(Some(Mode::Local), &Environment::default());
         assert_eq!(choice.warning, None);
+    }
+
+    #[test]
+    fn a_cache_service_of_version_1_is_used_without_a_token() {
+        let act = [
+            ("ACTIONS_CACHE_URL", "http://10.0.0.1:5/s"),
+            ("ACT", "true"),
+        ];
+        let act = Environment::from_iter(act);
+        for mode in [Mode::Packed, Mode::Direct] {
+            let choice = choose(Some(mode), &act);
+            assert_eq!((choice.mode, choice.warning), (mode, None));
+        }
+        let server = server_environment(&act, &storage(Mode::Direct));
+        let mut variables = server.iter();
+        assert!(variables.any(|variable| variable == ("ACTIONS_RUNTIME_TOKEN", "")));
+        assert!(!server.has("ACTIONS_CACHE_SERVICE_V2"));
+        let mut github = github();
+        github.remove("ACTIONS_RUNTIME_TOKEN");
+        assert_eq!(choose(None, &github).mode, Mode::Local);
     }
 
     #[test]

@@ -639,10 +639,9 @@ fn exports(
         }
     };
     match mode {
-        Mode::Direct => unless_set("SCCACHE_GHA_ENABLED", "true"),
-        // Were GitHub's cache switched on for a server that sccache starts in place of one that was
-        // killed, it would look for a token that it must not have, and not start.
-        Mode::Packed | Mode::Local | Mode::External => {}
+        // The wrapper keeps it from a server that sccache would start by itself.
+        Mode::Packed | Mode::Direct => unless_set("SCCACHE_GHA_ENABLED", "true"),
+        Mode::Local | Mode::External => {}
     }
     unless_set("SCCACHE_IDLE_TIMEOUT", "0");
     unless_set("SCCACHE_IGNORE_SERVER_IO_ERROR", "1");
@@ -764,7 +763,7 @@ mod tests {
     fn githubs_cache_is_switched_on_for_later_steps_only_where_it_is_used() {
         for (mode, expected) in [
             (Mode::Direct, Some("true")),
-            (Mode::Packed, None),
+            (Mode::Packed, Some("true")),
             (Mode::Local, None),
             (Mode::External, None),
         ] {

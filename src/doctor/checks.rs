@@ -100,6 +100,10 @@ pub fn service(environment: &Environment, about: Option<&About>) -> Finding {
             "mend it where the runner is configured",
         ),
         (true, true) => Finding::ok(CHECK, "its address and a token are here"),
+        (true, false) if Endpoint::of(environment).is_some() => Finding::ok(
+            CHECK,
+            "its address is here, and no token, which version 1 may do without",
+        ),
         (false, false) if about.is_some_and(|about| about.mode.needs_cache_service()) => {
             Finding::ok(
                 CHECK,
@@ -367,14 +371,6 @@ fn of_set_up(environment: &Environment, wanted: Wanted<'_>) -> Vec<Finding> {
                 get("SCCACHE_SERVER_PORT").unwrap_or("not set")
             ),
             "leave it to the action",
-        ));
-    }
-    if about.mode == Mode::Packed && get("SCCACHE_GHA_ENABLED").is_some_and(is_on) {
-        found.push(Finding::wrong(
-            VARIABLES,
-            "SCCACHE_GHA_ENABLED is on in mode packed: a server that sccache starts in place of one \
-             that was killed would look for GitHub's token, and not start",
-            "unset it; or set the input mode to direct, if sccache is to speak to GitHub itself",
         ));
     }
     let folder = environment.path("SCCACHE_DIR");
@@ -674,7 +670,7 @@ mod tests {
             ("CARGO_INCREMENTAL", "1", &packed, Level::Wrong),
             ("CARGO_INCREMENTAL", "true", &packed, Level::Wrong),
             ("SCCACHE_SERVER_PORT", "4226", &packed, Level::Wrong),
-            ("SCCACHE_GHA_ENABLED", "true", &packed, Level::Wrong),
+            ("SCCACHE_GHA_ENABLED", "true", &packed, Level::Ok),
             ("SCCACHE_DIR", "/elsewhere", &packed, Level::Wrong),
             ("SCCACHE_BUCKET", "b", &packed, Level::Note),
             ("SCCACHE_RECACHE", "1", &packed, Level::Note),

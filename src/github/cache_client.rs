@@ -75,7 +75,7 @@ pub struct Endpoint {
     pub protocol: Protocol,
     /// Its URL, which ends in a slash.
     pub url: Url,
-    /// The job's token.
+    /// The job's token; empty where the runner gave none.
     pub token: BearerToken,
 }
 
@@ -98,8 +98,12 @@ impl Endpoint {
     /// that the variable `ACTIONS_CACHE_SERVICE_V2` is asked under `act` alone: it imitates
     /// github.com and sets `ACTIONS_RESULTS_URL` for artifacts. On github.com itself version 1 is no
     /// more.
+    ///
+    /// Version 1 is used without a token too: `act` gives none, since the address of its service has
+    /// a secret in it, and `@actions/cache` sends an empty one there. No service of version 2 does
+    /// without.
     pub fn of(environment: &Environment) -> Option<Self> {
-        let token = BearerToken::new(environment.get("ACTIONS_RUNTIME_TOKEN")?);
+        let token = environment.get("ACTIONS_RUNTIME_TOKEN").unwrap_or_default();
         let results = environment.get("ACTIONS_RESULTS_URL");
         let cache = environment.get("ACTIONS_CACHE_URL");
         let may_speak_v2 = is_githubs(environment)
@@ -108,10 +112,13 @@ impl Endpoint {
             Some(results) if may_speak_v2 => (Protocol::V2, results),
             _ => (Protocol::V1, cache.or(results)?),
         };
+        if protocol == Protocol::V2 && token.is_empty() {
+            return None;
+        }
         Some(Self {
             protocol,
             url: base(url)?,
-            token,
+            token: BearerToken::new(token),
         })
     }
 }
@@ -824,11 +831,13 @@ impl Shared {
 
     /// A request of version 1 to `url`, which must be the service's own.
     fn rest(&self, method: Method, url: Url) -> RequestBuilder {
-        self.http(&url)
-            .request(method, url)
-            .bearer_auth(self.endpoint.token.reveal())
-            // `createAcceptHeader` of `@actions/cache`; GitHub Enterprise Server chooses by it.
-            .header(ACCEPT, "application/json;api-version=6.0-preview.1")
+        let request = self.http(&url).request(method, url);
+        let request = match self.endpoint.token.reveal() {
+            "" => request,
+            token => request.bearer_auth(token),
+        };
+        // `createAcceptHeader` of `@actions/cache`; GitHub Enterprise Server chooses by it.
+        request.header(ACCEPT, "application/json;api-version=6.0-preview.1")
     }
 
     async fn twirp(
@@ -1264,6 +1273,26 @@ mod tests {
         assert_eq!(without("ACTIONS_RUNTIME_TOKEN", &[]), None);
         let no_results = ("ACTIONS_RESULTS_URL", "");
         assert_eq!(without("ACTIONS_CACHE_URL", &[no_results]), None);
+    }
+
+    #[test]
+    fn version_1_is_used_without_a_token_and_version_2_is_not() {
+        let no_token = ("ACTIONS_RUNTIME_TOKEN", "");
+        for (name, value, expected) in [
+            ("ACT", "true", Some(Protocol::V1)),
+            (
+                "GITHUB_SERVER_URL",
+                "https://forge.example",
+                Some(Protocol::V1),
+            ),
+            ("ACTIONS_RESULTS_URL", "", Some(Protocol::V1)),
+            ("GITHUB_SERVER_URL", "https://github.com", None),
+        ] {
+            let endpoint = endpoint(&[no_token, (name, value)]);
+            let protocol = endpoint.as_ref().map(|endpoint| endpoint.protocol);
+            assert_eq!(protocol, expected, "{name}={value}");
+            assert!(endpoint.is_none_or(|endpoint| endpoint.token.reveal().is_empty()));
+        }
     }
 
     #[test]

@@ -118,6 +118,15 @@ impl StateDir {
         Some(Self { root })
     }
 
+    /// Whether `folder` is the disk cache in front of the relay, of this set-up or of another one of
+    /// the same job.
+    pub fn is_disk_level(folder: &Path) -> bool {
+        let of = |parent: &Path| Self::at(parent.to_owned());
+        folder.parent().map(of).is_some_and(|state| {
+            state.is_named_as_ours() && state.disk_level().file_name() == folder.file_name()
+        })
+    }
+
     fn is_named_as_ours(&self) -> bool {
         let name = self.root.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| name.starts_with(PREFIX))

@@ -7,15 +7,16 @@ use crate::support::s3;
 use crate::support::tools;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::support::c_build::{BUILD, FILES, object, objects, remove_objects, write_sources};
 use crate::support::runner::{Job, all_files, kill};
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{Method, StatusCode};
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
 use sccache_action::service::auth::UrlSigner;
@@ -201,7 +202,8 @@ fn the_doctor_finds_a_job_well_and_each_part_that_is_gone() {
     assert_eq!(wrong(&findings), ["server", "relay"], "{findings:?}");
     assert_eq!(status, Some(1));
     service.kill();
-    job.set("SCCACHE_GHA_ENABLED", "true");
+    let exported = job.file("GITHUB_ENV");
+    fs::write(job.path("GITHUB_ENV"), exported + "CARGO_INCREMENTAL=1\n").unwrap();
     let (findings, _) = doctor(&job, &token);
     let expected = ["look-up", "server", "relay", "variables"];
     assert_eq!(wrong(&findings), expected, "{findings:?}");
@@ -235,6 +237,69 @@ fn sccaches_before_version_2_of_the_service_work_through_version_1() {
         job.shell(BUILD).green();
         let report = job.report().green();
         assert!(report.stdout.contains(expected), "{}", report.stdout);
+    }
+}
+
+/// A service like act's: version 1, with a secret in its address and none in a token.
+fn service_without_tokens(folder: &Path) -> Service {
+    let token = Arc::new(OnceLock::<HeaderValue>::new());
+    let known = token.clone();
+    let service = Service::behind(folder, |router| {
+        router.layer(middleware::from_fn(
+            move |mut request: Request, next: Next| {
+                let token = known.clone();
+                async move {
+                    let headers = request.headers_mut();
+                    let sent = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
+                    // An sccache without a token sends an empty one, as GitHub's own client does.
+                    let sent = sent.unwrap_or_default().trim_ascii();
+                    if !matches!(sent, b"" | b"Bearer") {
+                        return StatusCode::BAD_REQUEST.into_response();
+                    }
+                    if let Some(token) = token.get() {
+                        headers.insert(AUTHORIZATION, token.clone());
+                    }
+                    next.run(request).await
+                }
+            },
+        ))
+    });
+    let header = format!("Bearer {}", service.token).parse().unwrap();
+    token.set(header).unwrap();
+    service
+}
+
+#[test]
+fn a_service_of_version_1_is_used_without_a_token() {
+    for (mode, version) in [
+        ("packed", "0.16.0"),
+        ("packed", "0.4.0"),
+        ("direct", "0.19.0"),
+        ("direct", "0.16.0"),
+        ("direct", "0.5.3"),
+    ] {
+        let store = tempfile::tempdir().unwrap();
+        let service = service_without_tokens(store.path());
+        for expected in ["0 hits, 6 misses, 0 errors", "6 hits, 0 misses, 0 errors"] {
+            let mut job = job_with_service(version, &service);
+            for (name, value) in [
+                ("ACTIONS_RUNTIME_TOKEN", ""),
+                ("ACTIONS_RESULTS_URL", ""),
+                ("ACTIONS_CACHE_URL", &*service.url),
+                ("ACT", "true"),
+                ("INPUT_MODE", mode),
+                ("INPUT_WRAP", "c"),
+            ] {
+                job.set(name, value);
+            }
+            let setup = job.setup().green();
+            assert!(setup.warnings().is_empty(), "{mode} {:?}", setup.warnings());
+            assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some(mode));
+            job.shell(BUILD).green();
+            let report = job.report().green();
+            assert!(report.stdout.contains(expected), "{}", report.stdout);
+            assert!(report.warnings().is_empty(), "{}", report.stdout);
+        }
     }
 }
 

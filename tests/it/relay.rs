@@ -396,6 +396,39 @@ fn a_server_of_sccaches_that_is_killed_costs_nothing() {
 }
 
 #[test]
+fn githubs_cache_switched_on_for_all_steps_is_in_nobodys_way() {
+    for by_the_workflow in [false, true] {
+        let upstream = Upstream::start(Options::default());
+        let mut job = job("0.16.0", &upstream);
+        if by_the_workflow {
+            job.set("SCCACHE_GHA_ENABLED", "true");
+        }
+        job.setup().green();
+        let later = job.later_environment();
+        assert_eq!(later.get("SCCACHE_GHA_ENABLED"), Some("true"));
+        // A step that calls the real sccache by its path has the action's server answer.
+        let sccache = job.entries("GITHUB_OUTPUT").path("path").unwrap();
+        let sccache = sccache.display();
+        job.shell(&format!(
+            "{sccache} gcc -c 1.c -o 1.o; {sccache} --show-stats"
+        ))
+        .green();
+        // A server that sccache starts in place of one that was killed.
+        kill(job.server_pid().unwrap());
+        let build = job.shell(BUILD).green();
+        assert_eq!((objects(&job), &*build.stderr), (FILES, ""));
+        // And one that a step starts.
+        kill(job.server_pid().unwrap());
+        job.shell("sccache --start-server").green();
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        assert!(!report.stdout.contains("ran without"), "{}", report.stdout);
+        job.server_ends();
+        assert_says(&run(&self::job("0.16.0", &upstream)), WARM);
+    }
+}
+
+#[test]
 fn whatever_the_upstream_does_the_build_is_green_and_the_objects_are_right() {
     let retry = Some(1);
     for (name, fault) in [
