@@ -1,6 +1,5 @@
 //! The command line.
 
-#[cfg(feature = "serve")]
 use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
@@ -43,7 +42,6 @@ pub enum Command {
     ///
     /// Without a command it builds a small Rust and C project that it brings along. Other inputs of
     /// the action are taken from INPUT_* variables.
-    #[cfg(feature = "serve")]
     Rehearse {
         /// The version of sccache: exact, a range or `latest`
         #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]

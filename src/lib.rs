@@ -12,7 +12,6 @@ pub mod doctor;
 pub mod github;
 pub mod http_client;
 pub mod install;
-#[cfg(feature = "serve")]
 pub mod rehearse;
 pub mod relay;
 pub mod sccache;

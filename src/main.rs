@@ -13,7 +13,6 @@ use sccache_action::action::{report, setup, stats};
 use sccache_action::caches;
 use sccache_action::cli::{CachesCommand, Cli, Command};
 use sccache_action::doctor;
-#[cfg(feature = "serve")]
 use sccache_action::rehearse::{self, Rehearsal};
 use sccache_action::relay;
 #[cfg(feature = "serve")]
@@ -125,7 +124,6 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
                 false => ExitCode::FAILURE,
             })
         }
-        #[cfg(feature = "serve")]
         Command::Rehearse {
             sccache,
             mode,

@@ -1,8 +1,12 @@
 //! A whole job on this machine, twice: first with an empty cache, then with what the first left.
 //!
 //! The main step and the post step run as a runner would run them: each in a process of its own,
-//! with the runner's files, the address and the token of a cache service, which here is the
-//! embedded one. The build between them sees what later steps would see, and no token.
+//! with the runner's files, the address and the token of a cache service, which here is one in this
+//! process on a store that goes with it. The build between them sees what later steps would see, and no
+//! token.
+//!
+//! The sample is built by cargo where cargo is there and its crates can be had; where not, only its C
+//! files are compiled, so that a rehearsal needs no more than a compiler of C.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -17,7 +21,8 @@ use tokio::process::Command;
 
 use crate::action::environment::Environment;
 use crate::action::runner_files::read_entries;
-use crate::service::{self, Config, Running, ServiceError, Snapshot};
+use crate::service::temporary::TemporaryService;
+use crate::service::{self, Snapshot};
 
 /// The project that is built where no command is given: `sample/` of the repository.
 const SAMPLE: [(&str, &str); 19] = [
@@ -86,9 +91,15 @@ pub enum RehearsalError {
     /// A file of the stage could not be written.
     #[error("the stage could not be set: {0}")]
     Stage(#[from] io::Error),
-    /// The embedded cache service did not start.
-    #[error(transparent)]
-    Service(#[from] ServiceError),
+    /// The cache service did not start.
+    #[error("the cache service cannot be started: {0}")]
+    Service(#[source] io::Error),
+    /// The sample cannot be built here.
+    #[error(
+        "the sample cannot be built: there is neither cargo with its crates nor a compiler of C \
+         called cc on PATH. A build of your own goes behind `--`"
+    )]
+    NoCompiler,
     /// A step could not be run at all.
     #[error("the step `{step}` cannot be run: {error}")]
     NotRun {
@@ -138,9 +149,10 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
     let stage = tempfile::Builder::new()
         .prefix("sccache-action-rehearsal-")
         .tempdir()?;
-    let (token, tokens) = service::single_token("refs/heads/main").map_err(ServiceError::from)?;
-    let config = Config::on_loopback(stage.path().join("service"), tokens);
-    let running = service::start(config).await?;
+    let random = |error| RehearsalError::Service(io::Error::other(error));
+    let (token, tokens) = service::single_token("refs/heads/main").map_err(random)?;
+    let running = TemporaryService::start(&stage.path().join("service"), tokens).await;
+    let running = running.map_err(RehearsalError::Service)?;
     let mut environment = rehearsal.environment.clone();
     for (name, value) in [
         ("ACTIONS_RESULTS_URL", running.url().as_str()),
@@ -161,13 +173,26 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
         let tools = stage.path().join("tools");
         environment.set("RUNNER_TOOL_CACHE", tools.display().to_string());
     }
+    let build = match rehearsal.build.as_slice() {
+        [] => sample_build(stage.path(), &environment).await?,
+        build => Build {
+            commands: vec![build.to_vec()],
+            in_workspace: false,
+        },
+    };
+    if build.is_of_c_only() && !environment.has("INPUT_WRAP") {
+        environment.set("INPUT_WRAP", "c");
+    }
     let mut results = Vec::new();
     for job in ["cold", "warm"] {
         let stage = Stage::set(stage.path(), job, &environment).await?;
-        results.push(run_job(rehearsal, &stage, &running).await?);
+        let job = Job {
+            program: &rehearsal.program,
+            build: &build,
+            stage,
+        };
+        results.push(job.run(&running).await?);
     }
-    // What is left of it is a folder that goes with the stage.
-    let _ = running.shutdown().await;
     Ok(results)
 }
 
@@ -224,13 +249,7 @@ impl Stage {
         };
         let disk = keeper.join("disk-cache").display().to_string();
         environment.set("SCCACHE_DIR", disk);
-        for (path, text) in SAMPLE {
-            let path = workspace.join(path);
-            if let Some(folder) = path.parent() {
-                fs::create_dir_all(folder)?;
-            }
-            fs::write(path, text)?;
-        }
+        write_sample(&workspace)?;
         Ok(Self {
             job,
             runner,
@@ -274,101 +293,186 @@ impl Stage {
     }
 }
 
-async fn run_job(
-    rehearsal: &Rehearsal,
-    stage: &Stage,
-    running: &Running,
-) -> Result<JobResult, RehearsalError> {
-    let result = run_steps(rehearsal, stage, running).await;
-    // A runner runs the post step whatever became of the others; without it the job's servers would
-    // stay.
-    if result.is_err()
-        && let Ok(environment) = stage.post_step()
-    {
-        let report = [rehearsal.program.as_os_str(), "report".as_ref()];
-        let _ = step(stage, &report, &environment).await;
+/// What is run between the two steps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Build {
+    /// The commands, one after the other.
+    commands: Vec<Vec<OsString>>,
+    /// Whether they run in the job's workspace, and not in the folder of this process.
+    in_workspace: bool,
+}
+
+impl Build {
+    /// The sample as cargo builds it.
+    fn with_cargo() -> Self {
+        Self {
+            commands: vec![["cargo", "build", "--locked"].map(OsString::from).to_vec()],
+            in_workspace: true,
+        }
     }
-    result
+
+    /// The sample's C files alone.
+    fn with_cc() -> Self {
+        let sources = SAMPLE.iter().map(|(path, _)| Path::new(*path));
+        let sources = sources.filter(|path| path.extension().is_some_and(|end| end == "c"));
+        let compile = |source: &Path| {
+            let object = source.with_extension("o");
+            let words = ["sccache", "cc", "-O2", "-c"].map(OsString::from);
+            let files = [source.into(), "-o".into(), object.into()];
+            words.into_iter().chain(files).collect()
+        };
+        Self {
+            commands: sources.map(compile).collect(),
+            in_workspace: true,
+        }
+    }
+
+    fn is_of_c_only(&self) -> bool {
+        *self == Self::with_cc()
+    }
 }
 
-async fn run_steps(
-    rehearsal: &Rehearsal,
-    stage: &Stage,
-    running: &Running,
-) -> Result<JobResult, RehearsalError> {
-    let before = running.counters();
-    let program = rehearsal.program.as_os_str();
-    let setup = step(stage, &[program, "setup".as_ref()], &stage.environment).await?;
-    let sample = ["cargo", "build", "--locked"].map(OsString::from);
-    let build: &[OsString] = match rehearsal.build.as_slice() {
-        [] => &sample,
-        build => build,
-    };
-    let folder = rehearsal.build.is_empty().then_some(&*stage.workspace);
-    let later = stage.later_step()?;
-    let build = step_in(stage, build, &later, folder).await?;
-    let report = step(stage, &[program, "report".as_ref()], &stage.post_step()?).await?;
-    let summary = stage.read("GITHUB_STEP_SUMMARY")?;
-    let verdict = summary
-        .lines()
-        .find_map(|line| line.strip_prefix("**")?.strip_suffix(".**"))
-        .unwrap_or("no summary was written");
-    Ok(JobResult {
-        job: stage.job,
-        setup,
-        build,
-        report,
-        verdict: verdict.to_owned(),
-        requests: running.counters().since(&before),
-        summary,
-    })
+/// How the sample can be built on this machine. Its crates are fetched first, which is no part of
+/// either job.
+async fn sample_build(root: &Path, environment: &Environment) -> Result<Build, RehearsalError> {
+    let folder = root.join("crates");
+    write_sample(&folder)?;
+    let environment = environment.for_programs();
+    let mut fetch = Command::new("cargo");
+    fetch
+        .args(["fetch", "--locked"])
+        .current_dir(&folder)
+        .stdout(Stdio::null());
+    match run_in(fetch, &environment).await {
+        Ok(status) if status.success() => return Ok(Build::with_cargo()),
+        Ok(_) => println!("The sample's crates cannot be had: only its C files are compiled."),
+        Err(_) => println!("There is no cargo on PATH: only the sample's C files are compiled."),
+    }
+    let mut compiler = Command::new("cc");
+    compiler
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    match run_in(compiler, &environment).await {
+        Ok(status) if status.success() => Ok(Build::with_cc()),
+        _ => Err(RehearsalError::NoCompiler),
+    }
 }
 
-async fn step(
-    stage: &Stage,
-    command: &[impl AsRef<std::ffi::OsStr>],
-    environment: &Environment,
-) -> Result<Duration, RehearsalError> {
-    step_in(stage, command, environment, Some(&stage.workspace)).await
-}
-
-/// Runs a step to its end and gives the time it took.
-async fn step_in(
-    stage: &Stage,
-    command: &[impl AsRef<std::ffi::OsStr>],
-    environment: &Environment,
-    folder: Option<&Path>,
-) -> Result<Duration, RehearsalError> {
-    let words: Vec<String> = command
-        .iter()
-        .map(|word| word.as_ref().to_string_lossy().into_owned())
-        .collect();
-    let Some((program, arguments)) = command.split_first() else {
-        return Ok(Duration::ZERO);
-    };
-    let begin = Instant::now();
-    let mut step = Command::new(program);
-    step.args(arguments)
+/// Runs `command` in `environment` alone to its end.
+async fn run_in(mut command: Command, environment: &Environment) -> io::Result<ExitStatus> {
+    command
         .env_clear()
         .envs(environment.iter())
         .stdin(Stdio::null())
-        .kill_on_drop(true);
-    if let Some(folder) = folder {
-        step.current_dir(folder);
+        .kill_on_drop(true)
+        .status()
+        .await
+}
+
+fn write_sample(folder: &Path) -> io::Result<()> {
+    for (path, text) in SAMPLE {
+        let path = folder.join(path);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        fs::write(path, text)?;
     }
-    let status = step.status().await;
-    let status = status.map_err(|error| RehearsalError::NotRun {
-        step: words.join(" "),
-        error,
-    })?;
-    if !status.success() {
-        return Err(RehearsalError::Step {
-            step: words.join(" "),
+    Ok(())
+}
+
+/// A job, which is a step of the action, the build, and the action's post step.
+struct Job<'a> {
+    program: &'a Path,
+    build: &'a Build,
+    stage: Stage,
+}
+
+impl Job<'_> {
+    async fn run(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
+        let result = self.run_steps(service).await;
+        // A runner runs the post step whatever became of the others; without it the job's servers would
+        // stay.
+        if result.is_err()
+            && let Ok(environment) = self.stage.post_step()
+        {
+            let _ = self.own_step("report", &environment).await;
+        }
+        result
+    }
+
+    async fn run_steps(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
+        let stage = &self.stage;
+        let before = service.counters();
+        let setup = self.own_step("setup", &stage.environment).await?;
+        let later = stage.later_step()?;
+        let folder = self.build.in_workspace.then_some(&*stage.workspace);
+        let mut build = Duration::ZERO;
+        for command in &self.build.commands {
+            build += self.step(command, &later, folder).await?;
+        }
+        let report = self.own_step("report", &stage.post_step()?).await?;
+        let summary = stage.read("GITHUB_STEP_SUMMARY")?;
+        let verdict = summary
+            .lines()
+            .find_map(|line| line.strip_prefix("**")?.strip_suffix(".**"))
+            .unwrap_or("no summary was written");
+        Ok(JobResult {
             job: stage.job,
-            status,
-        });
+            setup,
+            build,
+            report,
+            verdict: verdict.to_owned(),
+            requests: service.counters().since(&before),
+            summary,
+        })
     }
-    Ok(begin.elapsed())
+
+    /// A step of the action.
+    async fn own_step(
+        &self,
+        name: &str,
+        environment: &Environment,
+    ) -> Result<Duration, RehearsalError> {
+        let command = [self.program.as_os_str(), name.as_ref()];
+        self.step(&command, environment, Some(&self.stage.workspace))
+            .await
+    }
+
+    /// Runs a step to its end and gives the time it took.
+    async fn step(
+        &self,
+        command: &[impl AsRef<std::ffi::OsStr>],
+        environment: &Environment,
+        folder: Option<&Path>,
+    ) -> Result<Duration, RehearsalError> {
+        let words: Vec<String> = command
+            .iter()
+            .map(|word| word.as_ref().to_string_lossy().into_owned())
+            .collect();
+        let Some((program, arguments)) = command.split_first() else {
+            return Ok(Duration::ZERO);
+        };
+        let begin = Instant::now();
+        let mut step = Command::new(program);
+        step.args(arguments);
+        if let Some(folder) = folder {
+            step.current_dir(folder);
+        }
+        let status = run_in(step, environment).await;
+        let status = status.map_err(|error| RehearsalError::NotRun {
+            step: words.join(" "),
+            error,
+        })?;
+        if !status.success() {
+            return Err(RehearsalError::Step {
+                step: words.join(" "),
+                job: self.stage.job,
+                status,
+            });
+        }
+        Ok(begin.elapsed())
+    }
 }
 
 /// The results side by side.

@@ -18,10 +18,10 @@ pub mod entries;
 pub mod forgejo;
 #[cfg(feature = "serve")]
 mod metrics;
-#[cfg(feature = "serve")]
 pub mod parts;
 pub mod runtime_token;
 pub mod store;
+pub mod temporary;
 #[cfg(feature = "serve")]
 pub mod token_check;
 mod v1;

@@ -18,6 +18,11 @@ async fn the_service_has_all_its_behaviours() {
     conformance::run_all(&Target::from_environment().await).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_temporary_service_of_rehearsals_has_them_too() {
+    conformance::run_raw(&Target::temporary().await).await;
+}
+
 /// A file of tokens for everybody whom the suite needs.
 fn write_tokens(file: &Path) -> HashMap<Who, String> {
     let scopes = [

@@ -20,7 +20,7 @@ use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
 use sccache_action::service::auth::UrlSigner;
-use sccache_action::service::entries::{EntryStore, Limits, Storage, system_clock};
+use sccache_action::service::temporary::TemporaryStore;
 use sccache_action::service::{self, Shared};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -28,7 +28,7 @@ use tokio::runtime::Runtime;
 /// A cache service in this process, and the runtime that it runs in.
 struct Service {
     runtime: Option<Runtime>,
-    shared: Arc<Shared<EntryStore>>,
+    shared: Arc<Shared<TemporaryStore>>,
     url: String,
     token: String,
 }
@@ -46,10 +46,7 @@ impl Service {
             .build()
             .unwrap();
         let (token, tokens) = service::single_token("refs/heads/main").unwrap();
-        let storage = Storage::in_folder(folder, Limits::of_entries(service::ENTRY_LIMIT));
-        let store = runtime
-            .block_on(EntryStore::open(&storage, system_clock()))
-            .unwrap();
+        let store = TemporaryStore::open(folder).unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared::new(

@@ -12,6 +12,7 @@ mod documents;
 mod install;
 mod job;
 mod launcher;
+mod rehearse;
 mod relay;
 mod serve;
 mod service;

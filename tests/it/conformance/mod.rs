@@ -127,10 +127,24 @@ behaviours! {
 /// Checks all behaviours, and fails with a list of those that `target` does not have. What is
 /// skipped for want of a token is said on standard error, whatever the test runner captures.
 pub async fn run_all(target: &Target) {
+    run(target, |_| true).await;
+}
+
+/// The same of those behaviours that need no real client: what a client gets is in the others.
+pub async fn run_raw(target: &Target) {
+    let is_raw = |behaviour: &Behaviour| {
+        !behaviour.test.starts_with("toolkit::") && !behaviour.test.starts_with("sccache::")
+    };
+    run(target, is_raw).await;
+}
+
+async fn run(target: &Target, chosen: impl Fn(&Behaviour) -> bool) {
     let only = env::var(ONLY).ok();
     let wanted = |behaviour: &&Behaviour| {
         let only = only.as_deref();
-        only.is_none_or(|only| only.split_whitespace().any(|one| one == behaviour.number))
+        let is_wanted =
+            only.is_none_or(|only| only.split_whitespace().any(|one| one == behaviour.number));
+        is_wanted && chosen(behaviour)
     };
     let wanted: Vec<&Behaviour> = BEHAVIOURS.iter().filter(wanted).collect();
     assert!(!wanted.is_empty(), "{ONLY} names no behaviour");

@@ -9,6 +9,7 @@ use reqwest::{Body, Client, Method, RequestBuilder};
 use sccache_action::http_client::{self, Timeouts};
 use sccache_action::service::auth::{Access, BearerToken, Tokens};
 use sccache_action::service::store::Scope;
+use sccache_action::service::temporary::TemporaryService;
 use sccache_action::service::{self, Config, Running};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -49,6 +50,32 @@ impl Who {
     }
 }
 
+/// A token for everybody whom the suite needs, and what a service must know of them.
+fn everybody() -> (HashMap<Who, String>, Tokens) {
+    let (main, base, pull): (Scope, Scope, Scope) = (
+        "refs/heads/main".into(),
+        "refs/heads/release".into(),
+        "refs/pull/1/merge".into(),
+    );
+    let mut tokens = (HashMap::new(), Tokens::default());
+    for (who, write, read) in [
+        (Who::Default, Some(&main), vec![main.clone()]),
+        (Who::Base, Some(&base), vec![base.clone(), main.clone()]),
+        (
+            Who::PullRequest,
+            Some(&pull),
+            vec![pull.clone(), base.clone(), main.clone()],
+        ),
+        (Who::ReadOnly, None, vec![main.clone()]),
+    ] {
+        let token = BearerToken::random().unwrap();
+        tokens.0.insert(who, token.reveal().to_owned());
+        let write = write.cloned();
+        tokens.1 = tokens.1.with(&token, Access { write, read });
+    }
+    tokens
+}
+
 /// A service, which may have other entries and other users, and the tokens for it.
 pub struct Target {
     urls: Vec<String>,
@@ -58,7 +85,14 @@ pub struct Target {
     run: String,
     count: AtomicUsize,
     /// The service, where it is in this process.
-    _own: Option<(Running, tempfile::TempDir)>,
+    _own: Option<(Own, tempfile::TempDir)>,
+}
+
+/// A service in this process, which ends when it is dropped.
+#[allow(dead_code, reason = "only its end matters")]
+enum Own {
+    Alone(Running),
+    Temporary(TemporaryService),
 }
 
 impl Target {
@@ -88,32 +122,22 @@ impl Target {
     }
 
     async fn in_process() -> Self {
-        let (main, base, pull): (Scope, Scope, Scope) = (
-            "refs/heads/main".into(),
-            "refs/heads/release".into(),
-            "refs/pull/1/merge".into(),
-        );
-        let mut tokens = (HashMap::new(), Tokens::default());
-        for (who, write, read) in [
-            (Who::Default, Some(&main), vec![main.clone()]),
-            (Who::Base, Some(&base), vec![base.clone(), main.clone()]),
-            (
-                Who::PullRequest,
-                Some(&pull),
-                vec![pull.clone(), base.clone(), main.clone()],
-            ),
-            (Who::ReadOnly, None, vec![main.clone()]),
-        ] {
-            let token = BearerToken::random().unwrap();
-            tokens.0.insert(who, token.reveal().to_owned());
-            let write = write.cloned();
-            tokens.1 = tokens.1.with(&token, Access { write, read });
-        }
+        let (tokens, known) = everybody();
         let folder = tempfile::tempdir().unwrap();
-        let config = Config::on_loopback(folder.path(), tokens.1);
+        let config = Config::on_loopback(folder.path(), known);
         let running = service::start(config).await.unwrap();
-        let mut target = Self::new(vec![running.url()], tokens.0);
-        target._own = Some((running, folder));
+        let mut target = Self::new(vec![running.url()], tokens);
+        target._own = Some((Own::Alone(running), folder));
+        target
+    }
+
+    /// The service that rehearsals have, in this process.
+    pub async fn temporary() -> Self {
+        let (tokens, known) = everybody();
+        let folder = tempfile::tempdir().unwrap();
+        let service = TemporaryService::start(folder.path(), known).await.unwrap();
+        let mut target = Self::new(vec![service.url()], tokens);
+        target._own = Some((Own::Temporary(service), folder));
         target
     }
 

@@ -1,10 +1,9 @@
-//! GitHub's cache service in small, on 127.0.0.1: the embedded service behind what GitHub puts
+//! GitHub's cache service in small, on 127.0.0.1: the service on a temporary store, behind what GitHub puts
 //! before its own, which is distance, a limit on uploads, and now and then a fault.
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,8 +18,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use sccache_action::service::auth::{Access, BearerToken, Tokens, UrlSigner};
-use sccache_action::service::entries::{EntryStore, Limits, Storage, system_clock};
 use sccache_action::service::store::Scope;
+use sccache_action::service::temporary::TemporaryStore;
 use sccache_action::service::{self, Shared};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -125,9 +124,10 @@ pub struct Upstream {
     /// A runtime token for [`DEFAULT_BRANCH`].
     pub token: String,
     front: Arc<Front>,
-    shared: Arc<Shared<EntryStore>>,
+    shared: Arc<Shared<TemporaryStore>>,
+    store: TemporaryStore,
     runtime: Option<Runtime>,
-    folder: TempDir,
+    _folder: TempDir,
 }
 
 /// What stands before the service.
@@ -149,17 +149,12 @@ impl Upstream {
             .build()
             .unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let storage = Storage::in_folder(folder.path(), Limits::of_entries(service::ENTRY_LIMIT));
-        // In a thread of its own, since this one may be a runtime's.
-        let store = std::thread::scope(|scope| {
-            let open = || runtime.block_on(EntryStore::open(&storage, system_clock()));
-            scope.spawn(open).join().unwrap().unwrap()
-        });
+        let store = TemporaryStore::open(folder.path()).unwrap();
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared::new(
-            store,
+            store.clone(),
             Tokens::default(),
             address,
             UrlSigner::random().unwrap(),
@@ -182,8 +177,9 @@ impl Upstream {
             token: String::new(),
             front,
             shared,
+            store,
             runtime: Some(runtime),
-            folder,
+            _folder: folder,
         };
         upstream.token = upstream.token_for(Some(DEFAULT_BRANCH), &[]);
         upstream
@@ -230,20 +226,16 @@ impl Upstream {
 
     /// The bytes of all entries.
     pub fn stored(&self) -> u64 {
-        let blobs = files_in(&self.folder.path().join("blobs"));
-        let lengths = blobs.iter().map(|blob| blob.metadata().unwrap().len());
-        lengths.sum()
+        self.store.stored()
     }
 
     /// Loses the content of the entry that was committed first.
     pub fn lose_first_entry(&self) {
-        let first = files_in(&self.folder.path().join("blobs"))
-            .into_iter()
-            .min_by_key(|path| {
-                let name = path.file_name().unwrap().to_str().unwrap();
-                name.parse::<u64>().unwrap()
-            });
-        std::fs::remove_file(first.unwrap()).unwrap();
+        let files = self.store.first_entry();
+        assert!(!files.is_empty());
+        for file in files {
+            std::fs::remove_file(file).unwrap();
+        }
     }
 
     /// Ends it at once: requests in flight are cut off, and new ones find nobody.
@@ -258,18 +250,6 @@ impl Drop for Upstream {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// All files in a folder and the folders in it.
-fn files_in(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).unwrap();
-    entries
-        .map(|entry| entry.unwrap().path())
-        .flat_map(|path| match path.is_dir() {
-            true => files_in(&path),
-            false => vec![path],
-        })
-        .collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
