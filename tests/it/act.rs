@@ -1,0 +1,522 @@
+//! Whole workflows under the real `act`, a runner that is not ours: those of the documents, taken out of
+//! the Markdown, and those of `tests/act/jobs.yml`. Each runs twice, so that the second run has what the
+//! first left.
+//!
+//! What the jobs said is left in `act/` of cargo's folder for tests, for the gate to show.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::runner::binary;
+use crate::support::served::Served;
+use crate::support::tools;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+/// What the documents call this action.
+const ACTION: &str = "OWNER/sccache-action@v1";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The workflows in the documents: a name, and a job without what every job has.
+fn documented() -> BTreeMap<String, Map<String, Value>> {
+    let mut documents = vec![root().join("README.md")];
+    let folder = fs::read_dir(root().join("docs")).unwrap();
+    documents.extend(folder.map(|entry| entry.unwrap().path()));
+    let mut found = BTreeMap::new();
+    for document in documents
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "md"))
+    {
+        let name = document.file_stem().unwrap().to_str().unwrap();
+        for (line, language, text) in fences(&fs::read_to_string(document).unwrap()) {
+            let states = match language.as_str() {
+                "yaml" => vec![("", text)],
+                // Both what a workflow was and what it becomes.
+                "diff" => vec![("-before", side(&text, '-')), ("-after", side(&text, '+'))],
+                _ => continue,
+            };
+            for (state, text) in states {
+                if text.contains("uses:") {
+                    found.insert(format!("{name}-{line}{state}"), job_of(&text));
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The fenced blocks of a Markdown text: the line that each begins at, its language, and what is in it.
+fn fences(markdown: &str) -> Vec<(usize, String, String)> {
+    let mut found = Vec::new();
+    let mut open: Option<(usize, String, String)> = None;
+    for (number, line) in (1..).zip(markdown.lines()) {
+        match (line.trim_start().strip_prefix("```"), &mut open) {
+            (Some(language), None) => {
+                open = Some((number, language.to_owned(), String::new()));
+            }
+            (Some(_), block) => found.extend(block.take()),
+            (None, Some((_, _, text))) => {
+                text.push_str(line);
+                text.push('\n');
+            }
+            (None, None) => {}
+        }
+    }
+    found
+}
+
+/// One side of a diff.
+fn side(diff: &str, sign: char) -> String {
+    let lines = diff.lines().filter_map(|line| {
+        let mut rest = line.chars();
+        let first = rest.next()?;
+        (first == ' ' || first == sign).then(|| rest.as_str())
+    });
+    lines.fold(String::new(), |text, line| text + line + "\n")
+}
+
+/// A job of what a document shows: its keys, or its steps alone, which may be those after the checkout.
+fn job_of(text: &str) -> Map<String, Value> {
+    let mut job = match serde_yaml::from_str(text).unwrap() {
+        Value::Object(job) => job,
+        steps => Map::from_iter([("steps".to_owned(), steps)]),
+    };
+    let checkout = "actions/checkout@";
+    if !uses(&job).any(|uses| uses.starts_with(checkout))
+        && let Some(Value::Array(steps)) = job.get_mut("steps")
+    {
+        steps.insert(0, json!({ "uses": format!("{checkout}v5") }));
+    }
+    job
+}
+
+fn steps(job: &Map<String, Value>) -> &[Value] {
+    job["steps"].as_array().unwrap()
+}
+
+fn runs(job: &Map<String, Value>, what: &str) -> bool {
+    let commands = steps(job).iter().filter_map(|step| step["run"].as_str());
+    commands.into_iter().any(|command| command.contains(what))
+}
+
+fn uses(job: &Map<String, Value>) -> impl Iterator<Item = &str> {
+    steps(job).iter().filter_map(|step| step["uses"].as_str())
+}
+
+fn names_workspaces(job: &Map<String, Value>) -> bool {
+    let mut steps = steps(job).iter();
+    steps.any(|step| step["with"].get("cargo-workspaces").is_some())
+}
+
+/// What a job compiles that is the same each time: of Rust only dependencies, since the workspace's own
+/// code is in the cache for its folder, which is another each time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compiles {
+    C,
+    Rust,
+    Nothing,
+}
+
+/// What a job does, and what must come of it.
+struct Job {
+    keys: Map<String, Value>,
+    compiles: Compiles,
+    succeeds: bool,
+}
+
+fn jobs() -> BTreeMap<String, Job> {
+    let mut jobs = BTreeMap::new();
+    for (name, keys) in documented() {
+        // Of the states that other actions left, the one that this action takes over as it stands.
+        let is_ours = uses(&keys).any(is_this_action);
+        let compiles = match () {
+            () if runs(&keys, "cmake") => Compiles::C,
+            // What is built is not always in the workspaces that a document has for an example.
+            () if runs(&keys, "cargo") && !names_workspaces(&keys) => Compiles::Rust,
+            () => Compiles::Nothing,
+        };
+        if is_ours {
+            jobs.insert(
+                name,
+                Job {
+                    keys,
+                    compiles,
+                    succeeds: true,
+                },
+            );
+        }
+    }
+    assert!(jobs.len() >= 6, "{:?}", jobs.keys());
+    let text = fs::read_to_string(root().join("tests/act/jobs.yml")).unwrap();
+    let own: BTreeMap<String, Map<String, Value>> = serde_yaml::from_str(&text).unwrap();
+    for (name, keys) in own {
+        let compiles = match name.as_str() {
+            "strict" | "lenient" => Compiles::Nothing,
+            _ => Compiles::C,
+        };
+        let succeeds = !["strict", "failing-step"].contains(&name.as_str());
+        jobs.insert(
+            name,
+            Job {
+                keys,
+                compiles,
+                succeeds,
+            },
+        );
+    }
+    jobs
+}
+
+/// Whether a step uses this action: by its own name, or by that of the one which it takes over from.
+fn is_this_action(uses: &str) -> bool {
+    uses == ACTION || uses.starts_with("mozilla-actions/sccache-action@")
+}
+
+/// What a job said, by the step that said it.
+#[derive(Default)]
+struct Said {
+    lines: Vec<(String, String)>,
+    results: Vec<String>,
+}
+
+impl Said {
+    /// What the action's post steps said.
+    fn reports(&self) -> String {
+        let of_post = |(step, _): &&(String, String)| step.starts_with("Post ");
+        let lines = self.lines.iter().filter(of_post);
+        lines.fold(String::new(), |text, (_, line)| text + line + "\n")
+    }
+
+    fn all(&self) -> String {
+        let lines = self.lines.iter();
+        lines.fold(String::new(), |text, (step, line)| {
+            format!("{text}{step} | {line}\n")
+        })
+    }
+}
+
+/// A machine with act on it: this action, a project, and what jobs leave behind.
+struct Machine {
+    name: &'static str,
+    folder: TempDir,
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl Machine {
+    fn new(name: &'static str) -> Self {
+        let machine = Self {
+            name,
+            folder: tempfile::tempdir().unwrap(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        };
+        machine.make_action();
+        copy_folder(&root().join("tests/act/project"), &machine.path("project"));
+        machine.git(&["init", "--quiet", "--initial-branch=main"]);
+        machine.git(&["add", "--all"]);
+        machine.git(&["commit", "--quiet", "--message=A project"]);
+        machine
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// act takes the repository's name, ref and commit from the checkout.
+    fn git(&self, arguments: &[&str]) {
+        let git = Command::new("git")
+            .args(["-c", "user.name=A", "-c", "user.email=a@example.invalid"])
+            .args(arguments)
+            .current_dir(self.path("project"))
+            .status();
+        assert!(git.unwrap().success());
+    }
+
+    /// This action as a release has it, with the binary under test.
+    fn make_action(&self) {
+        let dist = self.path("action/dist");
+        fs::create_dir_all(&dist).unwrap();
+        fs::copy(root().join("action.yml"), self.path("action/action.yml")).unwrap();
+        for file in ["main.js", "post.js", "launcher.js"] {
+            fs::copy(root().join("dist").join(file), dist.join(file)).unwrap();
+        }
+        let program = dist.join("binary");
+        fs::copy(binary(), &program).unwrap();
+        // act copies the action for each step. With debug information it is three times as large.
+        let _ = Command::new("strip").arg(&program).status();
+        let sha256 = hex::encode(Sha256::digest(fs::read(&program).unwrap()));
+        let binaries = json!({ "linux-x64": { "file": "binary", "sha256": sha256 } });
+        let manifest = json!({ "binaries": binaries }).to_string();
+        fs::write(dist.join("manifest.json"), manifest).unwrap();
+    }
+
+    /// Stands in for another's action, and says so in the log.
+    fn make_stub(&self, uses: &str) -> PathBuf {
+        let folder = self.path("stubs").join(uses.replace(['/', '@'], "-"));
+        fs::create_dir_all(&folder).unwrap();
+        let say = format!("echo 'a stub stands in for {uses}, which is not fetched'");
+        let step = json!({ "run": say, "shell": "sh" });
+        let action = json!({
+            "name": uses,
+            "description": "a stub",
+            "runs": { "using": "composite", "steps": [step] },
+        });
+        fs::write(folder.join("action.yml"), action.to_string()).unwrap();
+        folder
+    }
+
+    /// Where each action of these jobs is, for act.
+    fn local_repositories(&self, jobs: &BTreeMap<String, Job>) -> Vec<String> {
+        let used: BTreeSet<&str> = jobs.values().flat_map(|job| uses(&job.keys)).collect();
+        // act does the checkout by itself.
+        let used = used
+            .into_iter()
+            .filter(|uses| !uses.starts_with("actions/checkout@"));
+        used.map(|uses| {
+            let folder = match is_this_action(uses) {
+                true => self.path("action"),
+                false => self.make_stub(uses),
+            };
+            format!("--local-repository={uses}={}", folder.display())
+        })
+        .collect()
+    }
+
+    /// Runs these jobs one after the other, as one workflow.
+    fn run(&self, run: &str, jobs: &BTreeMap<String, Job>) -> BTreeMap<String, Said> {
+        // A runner's disk is not the last job's.
+        for folder in ["target", "cargo-home"] {
+            let _ = fs::remove_dir_all(self.path(folder));
+        }
+        let workflow = self.path("workflow.yml");
+        fs::write(&workflow, self.workflow(jobs).to_string()).unwrap();
+        let mut act = Command::new(tools::act());
+        for (name, _) in std::env::vars() {
+            let of_a_job = [
+                "ACT",
+                "CARGO",
+                "GITHUB",
+                "INPUT",
+                "RUNNER",
+                "RUSTC",
+                "RUSTFLAGS",
+                "SCCACHE",
+            ];
+            if of_a_job.iter().any(|prefix| name.starts_with(prefix)) {
+                act.env_remove(name);
+            }
+        }
+        let output = act
+            .args(["push", "--json", "--concurrent-jobs=1", "--pull=false"])
+            .arg("--workflows")
+            .arg(&workflow)
+            .arg("--action-cache-path")
+            .arg(self.path("act"))
+            .arg("--cache-server-path")
+            .arg(self.path("act-cache"))
+            .args(self.local_repositories(jobs))
+            .args(&self.arguments)
+            .envs(self.environment.iter().cloned())
+            .env("PATH", path())
+            .env("RUSTUP_HOME", rustup_home())
+            .env("HOME", self.path("home"))
+            .current_dir(self.path("project"))
+            .output()
+            .unwrap();
+        let said = said(&String::from_utf8_lossy(&output.stdout));
+        let mut text = String::new();
+        for (job, said) in &said {
+            for (step, line) in &said.lines {
+                let _ = writeln!(text, "[{job}] {step} | {line}");
+            }
+            let _ = writeln!(text, "[{job}] {}", said.results.join(", "));
+        }
+        let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("act");
+        fs::create_dir_all(&logs).unwrap();
+        fs::write(logs.join(format!("{}-{run}.log", self.name)), &text).unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said.len(), jobs.len(), "{text}{errors}");
+        said
+    }
+
+    /// The workflow of these jobs. Compilers see which job it is, so that no job has what another
+    /// compiled. A job of act's has another folder each time; where compiled code is, and what of the
+    /// folder's path counts for the cache, is said as a user of act would.
+    fn workflow(&self, jobs: &BTreeMap<String, Job>) -> Value {
+        let jobs = jobs.iter().map(|(name, job)| {
+            let mut keys = job.keys.clone();
+            let of_all = json!({
+                "CARGO_HOME": self.path("cargo-home").join(name),
+                "CARGO_TARGET_DIR": self.path("target").join(name),
+                "CARGO_TERM_COLOR": "never",
+                "CFLAGS": format!("-DJOB_{}", name.replace('-', "_")),
+                "SCCACHE_BASEDIRS": "${{ github.workspace }}",
+            });
+            let Value::Object(mut variables) = of_all else {
+                unreachable!()
+            };
+            if let Some(Value::Object(own)) = keys.get("env") {
+                variables.extend(own.clone());
+            }
+            keys.insert("env".to_owned(), Value::Object(variables));
+            keys.insert("runs-on".to_owned(), json!("ubuntu-latest"));
+            (name.clone(), Value::Object(keys))
+        });
+        json!({ "on": "push", "name": "CI", "jobs": Map::from_iter(jobs) })
+    }
+}
+
+/// Where a job's programs are, with CMake among them.
+fn path() -> OsString {
+    let others = std::env::var_os("PATH").unwrap();
+    let others = std::env::split_paths(&others).collect::<Vec<_>>();
+    std::env::join_paths(std::iter::once(tools::cmake()).chain(others)).unwrap()
+}
+
+fn rustup_home() -> PathBuf {
+    std::env::var_os("RUSTUP_HOME").map_or_else(
+        || Path::new(&std::env::var_os("HOME").unwrap()).join(".rustup"),
+        PathBuf::from,
+    )
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => {
+                fs::copy(entry.path(), target).unwrap();
+            }
+        }
+    }
+}
+
+/// What each job said, from act's log in JSON.
+fn said(log: &str) -> BTreeMap<String, Said> {
+    let mut said: BTreeMap<String, Said> = BTreeMap::new();
+    for line in log.lines() {
+        let Ok(line) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let (Some(job), Some(message)) = (line["jobID"].as_str(), line["msg"].as_str()) else {
+            continue;
+        };
+        let said = said.entry(job.to_owned()).or_default();
+        if let Some(result) = line["jobResult"].as_str() {
+            said.results.push(result.to_owned());
+        }
+        let (stage, step) = (line["stage"].as_str(), line["step"].as_str());
+        let step = format!("{} {}", stage.unwrap_or_default(), step.unwrap_or_default());
+        // The summary is in the log a second time, as Markdown.
+        if line["command"] != "summary" {
+            said.lines
+                .push((step.trim().to_owned(), message.trim_end().to_owned()));
+        }
+    }
+    said
+}
+
+/// Whether all compiles of a job came from the cache (`warm`) or none.
+fn assert_cache(name: &str, said: &Said, warm: bool) {
+    let reports = said.reports();
+    let mut counts = reports.lines().filter_map(|line| {
+        let (_, counts) = line.split_once(" came from the cache (")?;
+        (!line.contains("::notice")).then_some(counts)
+    });
+    let number = |text: &str| text.split(' ').next().unwrap().parse::<u32>().unwrap();
+    let first = counts
+        .next()
+        .unwrap_or_else(|| panic!("{name}: {}", said.all()));
+    for counts in std::iter::once(first).chain(counts) {
+        let parts: Vec<u32> = counts.split(", ").map(number).collect();
+        let (hits, misses) = (parts[0], parts[1]);
+        let right = if warm {
+            hits > 0 && misses == 0
+        } else {
+            hits == 0 && misses > 0
+        };
+        assert!(right, "{name} {counts}: {}", said.all());
+    }
+}
+
+fn assert_run(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm: bool) {
+    for (name, job) in jobs {
+        let said = &all[name];
+        let text = said.all();
+        let expected = if job.succeeds { "success" } else { "failure" };
+        assert!(
+            said.results.iter().all(|result| result == expected),
+            "{name}: {text}"
+        );
+        assert!(!said.results.is_empty(), "{name}: {text}");
+        if job.compiles == Compiles::C {
+            assert_cache(name, said, warm);
+        }
+        if job.compiles == Compiles::Rust {
+            let restored = text.contains("1 compiled unit and 1 crate restored");
+            assert_eq!(restored, warm, "{name}: {text}");
+            assert_eq!(text.contains("Compiling itoa"), !warm, "{name}: {text}");
+        }
+        let is_ready = text.contains("is ready; mode packed; GitHub's cache, in packs");
+        let bad = ["strict", "lenient"].contains(&name.as_str());
+        assert_eq!(is_ready, !bad, "{name}: {text}");
+    }
+    for (name, expected) in [
+        ("strict", "sccache cannot be set up"),
+        ("strict", "| reached"),
+        (
+            "lenient",
+            "sccache is not used, and the build goes on without a cache",
+        ),
+        ("failing-step", "Compile requests"),
+    ] {
+        let text = all[name].all();
+        assert!(text.contains(expected), "{name} {expected}: {text}");
+    }
+    assert!(!all["strict"].all().contains("| not reached"));
+    let reports = all["two-uses"].reports();
+    assert_eq!(
+        reports.matches(" came from the cache (").count(),
+        4,
+        "{reports}"
+    );
+}
+
+fn twice(machine: &Machine, jobs: &BTreeMap<String, Job>) {
+    for (run, warm) in [("first", false), ("second", true)] {
+        assert_run(jobs, &machine.run(run, jobs), warm);
+    }
+}
+
+const ON_THIS_MACHINE: &str = "--platform=ubuntu-latest=-self-hosted";
+
+#[test]
+fn workflows_find_what_they_left_in_acts_own_cache() {
+    let mut machine = Machine::new("own-cache");
+    machine.arguments.push(ON_THIS_MACHINE.to_owned());
+    twice(&machine, &jobs());
+}
+
+#[test]
+fn workflows_find_what_they_left_in_a_cache_service_that_act_is_pointed_at() {
+    let mut machine = Machine::new("serve");
+    let served = Served::start(&machine.path("served"), &[]);
+    machine.arguments.extend([
+        ON_THIS_MACHINE.to_owned(),
+        format!("--env=ACTIONS_CACHE_URL={}", served.url),
+        format!("--env=ACTIONS_RUNTIME_TOKEN={}", served.token),
+    ]);
+    twice(&machine, &jobs());
+}
