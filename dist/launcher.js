@@ -51,11 +51,13 @@ function binary(folder) {
 /** Runs `program` to its end; resolves to `{status, signal}`, or rejects where it did not start. */
 function runToEnd(program, command) {
   return new Promise((resolve, reject) => {
-    const child = spawn(program, [command], { stdio: 'inherit', windowsHide: true });
-    // A cancelled job signals this process; the binary is the one that cleans up.
+    let child;
+    // A cancelled job signals this process; the binary is the one that cleans up. Without a handler
+    // a signal ends this process at once, so there is one before there is a child.
     for (const signal of ['SIGINT', 'SIGTERM']) {
       process.on(signal, () => child.kill(signal));
     }
+    child = spawn(program, [command], { stdio: 'inherit', windowsHide: true });
     child.on('error', reject);
     child.on('exit', (status, signal) => resolve({ status, signal }));
   });

@@ -1,7 +1,7 @@
 //! The command line: which part of the library this process is.
 
 use std::ffi::OsString;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -68,7 +68,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Setup => {
             let program = std::env::current_exe()?;
-            match setup::run(&environment, &program, &log()).await {
+            match setup::run_unless_cancelled(&environment, &program, &log()).await {
                 Outcome::Done => Ok(ExitCode::SUCCESS),
                 Outcome::Failed => Ok(ExitCode::FAILURE),
             }
@@ -82,8 +82,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Relay => {
             let mut config = Vec::new();
-            io::stdin().read_to_end(&mut config)?;
-            relay::run(&config, io::stdout()).await?;
+            io::stdin().lock().read_until(b'\n', &mut config)?;
+            relay::run(&config, io::stdout(), abandoned()).await?;
             Ok(ExitCode::SUCCESS)
         }
         #[cfg(feature = "serve")]
@@ -164,5 +164,18 @@ fn tell(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
         _ => Ok(()),
+    }
+}
+
+/// Ends where standard input does so before it said that the relay is to live on.
+async fn abandoned() {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    // A thread of its own, since a read that is under way keeps a runtime from ending.
+    std::thread::spawn(move || {
+        let is_untied = matches!(io::stdin().read(&mut [0]), Ok(1));
+        let _ = tell.send(is_untied);
+    });
+    if told.await == Ok(true) {
+        std::future::pending::<()>().await;
     }
 }

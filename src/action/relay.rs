@@ -12,7 +12,7 @@ use crate::github::cache_client::Endpoint;
 use crate::install::Platform;
 use crate::relay::Config;
 use crate::relay::activity::Activity;
-use crate::relay::process::{self, RunningRelay};
+use crate::relay::process::{self, RunningRelay, Tie};
 use crate::sccache::state::StateDir;
 use crate::service::auth::BearerToken;
 use crate::store::flush::Limits;
@@ -25,8 +25,9 @@ pub const READ_ONLY_TOKEN: &str =
 /// How long a relay that replaces one that died may take to learn what is saved already.
 const LEARN_WAIT: Duration = Duration::from_secs(20);
 
-/// A relay, and what it lets in.
-#[derive(Clone, Debug)]
+/// A relay, and what it lets in. It ends with this process, also where that is killed, unless it is
+/// left to itself before.
+#[derive(Debug)]
 pub struct StartedRelay {
     /// The relay.
     pub running: RunningRelay,
@@ -34,9 +35,18 @@ pub struct StartedRelay {
     pub client_token: BearerToken,
     /// Whether it saves anything.
     pub may_write: bool,
+    tie: Tie,
 }
 
 impl StartedRelay {
+    /// Lets it live on when this process ends.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub async fn leave(self) -> io::Result<()> {
+        self.tie.untie().await
+    }
+
     /// Ends a relay that is not needed.
     pub async fn stop(&self) {
         // One that does not answer ends by itself, and holds nothing.
@@ -85,13 +95,14 @@ pub async fn start(
         max_size: inputs.max_size,
         flush_age: flush_age.map_or(Limits::default().age, Duration::from_secs),
     };
-    let running = process::start(program, environment, &config, &state_dir.relay_log())
+    let (running, tie) = process::start(program, environment, &config, &state_dir.relay_log())
         .await
         .map_err(|error| error.to_string())?;
     Ok(StartedRelay {
         running,
         client_token,
         may_write,
+        tie,
     })
 }
 

@@ -166,9 +166,13 @@ async fn end_relay(
     log: &Log,
 ) -> Option<Result<Activity, String>> {
     let relay = state.relay.as_ref()?;
-    let gone = match relay.finish(SAVE_LIMIT, ran).await {
-        Ok(activity) => return Some(Ok(activity)),
-        Err(error) => error.to_string(),
+    // One that hangs would be waited for as long as saving may take.
+    let gone = match relay.answers().await {
+        false => "it does not answer".to_owned(),
+        true => match relay.finish(SAVE_LIMIT, ran).await {
+            Ok(activity) => return Some(Ok(activity)),
+            Err(error) => error.to_string(),
+        },
     };
     if relay.is_listening().await {
         return Some(Err(gone));

@@ -21,7 +21,7 @@ use crate::action::workflow_command::Log;
 use crate::github;
 use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
-use crate::sccache::server::{self, Server, ServerError};
+use crate::sccache::server::{self, Server, ServerError, ServerProcess};
 use crate::sccache::state::{StateDir, sccache_on_path};
 use crate::sccache::stats::Stats;
 use crate::wrapper;
@@ -79,6 +79,61 @@ struct Ready {
     cache_location: String,
     read_only: bool,
     relay: Option<StartedRelay>,
+    /// The server where it is a child of this process; else the relay's.
+    process: Option<ServerProcess>,
+}
+
+impl Ready {
+    /// Lets everything live on that later steps have been told of.
+    async fn leave(self) {
+        if let Some(process) = self.process {
+            process.leave();
+        }
+        if let Some(relay) = self.relay {
+            // The post step finds out, and says so, where it is gone already.
+            let _ = relay.leave().await;
+        }
+    }
+}
+
+/// Runs the step to its end, or until the job is cancelled: then what it started is ended, and later
+/// steps are told that there is no sccache. Parameters are those of [`run`].
+pub async fn run_unless_cancelled(environment: &Environment, program: &Path, log: &Log) -> Outcome {
+    tokio::select! {
+        outcome = run(environment, program, log) => outcome,
+        () = cancelled() => {
+            log.info("The set-up was cancelled; what it had started is ended.");
+            let reason = "the job was cancelled during the set-up".to_owned();
+            let setup = Setup::Failed { reason };
+            // Without it the post step only has less to say.
+            let _ = RunnerFiles::of(environment).save_state(&setup.to_variables());
+            Outcome::Done
+        }
+    }
+}
+
+/// Ends when the runner cancels the job: it sends SIGINT, SIGTERM 7.5 s later, and kills 2.5 s after.
+#[cfg(unix)]
+async fn cancelled() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let signals = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
+    let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+#[cfg(not(unix))]
+async fn cancelled() {
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending().await
+    }
 }
 
 /// Runs the step. `program` is the path of this process's binary, which later steps call in place
@@ -114,6 +169,7 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
     match outcome {
         Ok(ready) => {
             log.info(greeting(&ready));
+            ready.leave().await;
             Outcome::Done
         }
         Err(error) => failed(environment, &error, &inputs, program, &files, log),
@@ -187,7 +243,10 @@ fn names_sccache(environment: &Environment) -> bool {
 /// this action.
 fn stand_in(environment: &Environment, program: &Path, files: &RunnerFiles) -> io::Result<()> {
     let state_dir = StateDir::create(&temporary_folder(environment), None)?;
-    let wrapper = wrapper::install(program, &state_dir)?;
+    let wrapper = wrapper::install(program, &state_dir).inspect_err(|_| {
+        // On a full disk half a copy would take the rest of it.
+        let _ = std::fs::remove_dir_all(state_dir.root());
+    })?;
     if let Some(folder) = wrapper.parent()
         && (names_sccache(environment) || sccache_on_path(environment).is_none())
     {
@@ -238,11 +297,19 @@ async fn set_up(
     };
     // The two wait for each other nowhere.
     let (ready, ()) = tokio::join!(begun.set_up(choice, program, log), begun.restore_cargo(log));
-    if let Some(relay) = &relay
-        && ready.as_ref().map_or(true, |ready| ready.relay.is_none())
-    {
-        relay.stop().await;
-    }
+    let ready = match (ready, relay) {
+        (Ok(ready), Some(relay)) if ready.mode == Mode::Packed => Ok(Ready {
+            read_only: ready.read_only || !relay.may_write,
+            relay: Some(relay),
+            ..ready
+        }),
+        (ready, relay) => {
+            if let Some(relay) = relay {
+                relay.stop().await;
+            }
+            ready
+        }
+    };
     if ready.is_err() {
         // Nobody was told of it.
         let _ = std::fs::remove_dir_all(state_dir.root());
@@ -289,16 +356,15 @@ impl Begun<'_> {
             let _ = server.stop().await;
             return Err(error);
         }
-        let relay = self.relay.filter(|_| started.mode == Mode::Packed).cloned();
-        let may_write = relay.as_ref().is_none_or(|relay| relay.may_write);
         Ok(Ready {
             installed,
             state_dir: self.state_dir.clone(),
             server,
             mode: started.mode,
             cache_location: started.cache_location,
-            read_only: started.read_only || !may_write,
-            relay,
+            read_only: started.read_only,
+            relay: None,
+            process: started.process,
         })
     }
 }
@@ -328,6 +394,7 @@ async fn install(
 /// A server that runs.
 struct Started {
     server: Server,
+    process: Option<ServerProcess>,
     mode: Mode,
     cache_location: String,
     read_only: bool,
@@ -503,6 +570,7 @@ impl Begun<'_> {
     ) -> Result<Started, ServerError> {
         let environment = self.environment;
         let mut server_environment = mode::server_environment(environment, storage);
+        without_unusable_temporary_folder(&mut server_environment);
         if !server_environment.has("SCCACHE_ERROR_LOG") {
             let path = self.state_dir.server_log().display().to_string();
             server_environment.set("SCCACHE_ERROR_LOG", path);
@@ -519,7 +587,7 @@ impl Begun<'_> {
             .get("SCCACHE_SERVER_PORT")
             .and_then(|port| port.parse().ok());
         let mut attempt = 1;
-        let server = loop {
+        let (server, process) = loop {
             let port = match wanted.take() {
                 Some(port) => port,
                 None => server::free_port().map_err(|error| ServerError::NotRun {
@@ -532,8 +600,11 @@ impl Begun<'_> {
             let error = if server.is_listening().await {
                 None
             } else {
-                match server.start(&server_environment).await {
-                    Ok(()) => break server,
+                match self
+                    .start_server(&server, &server_environment, storage)
+                    .await
+                {
+                    Ok(process) => break (server, process),
                     Err(error) if error.port_taken() && attempt < PORT_ATTEMPTS => Some(error),
                     Err(error) => return Err(error),
                 }
@@ -555,10 +626,39 @@ impl Begun<'_> {
         };
         Ok(Started {
             server,
+            process,
             mode: storage.mode,
             cache_location: location.unwrap_or_default(),
             read_only: storage.read_only,
         })
+    }
+}
+
+impl Begun<'_> {
+    /// Starts the server: the relay does it where there is one, which starts it again where it dies.
+    async fn start_server(
+        &self,
+        server: &Server,
+        environment: &Environment,
+        storage: &Storage<'_>,
+    ) -> Result<Option<ServerProcess>, ServerError> {
+        match self.relay.filter(|_| storage.mode == Mode::Packed) {
+            Some(relay) => {
+                let started = relay.running.start_server(server, environment).await;
+                started.map(|()| None)
+            }
+            None => server.start(environment).await.map(Some),
+        }
+    }
+}
+
+/// Takes a TMPDIR out of the server's environment in which nothing can be written: compilers then use
+/// `/tmp`, and so should sccache, which does not by itself.
+fn without_unusable_temporary_folder(server: &mut Environment) {
+    if let Some(folder) = server.path("TMPDIR")
+        && tempfile::tempfile_in(folder).is_err()
+    {
+        server.remove("TMPDIR");
     }
 }
 

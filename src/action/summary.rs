@@ -177,6 +177,16 @@ fn relay_troubles(report: &Report<'_>) -> Vec<String> {
         Some(Ok(activity)) => activity,
     };
     let mut troubles = Vec::new();
+    if let Some(how) = &activity.first_server_death {
+        let again = match &activity.server_not_restarted {
+            None => "was started again each time; what it had counted by then is lost".to_owned(),
+            Some(why) => format!("could not be started again ({why})"),
+        };
+        let times = counted(activity.server_deaths, "time");
+        troubles.push(format!(
+            "sccache's server died {times} in the job ({how}), and {again}."
+        ));
+    }
     if activity.corrupt > 0 {
         troubles.push(format!(
             "{} in the cache had been damaged and was compiled anew.",

@@ -46,6 +46,12 @@ pub struct Activity {
     pub first_trouble: Option<String>,
     /// What went wrong first and was tried again, in words.
     pub first_setback: Option<String>,
+    /// How often sccache's server died in the job.
+    pub server_deaths: u64,
+    /// How it did first, in words.
+    pub first_server_death: Option<String>,
+    /// Why it was not started again, where it was not.
+    pub server_not_restarted: Option<String>,
     /// What was done for cargo, where it was asked for.
     pub cargo: Option<CargoActivity>,
     /// What was asked of the cache service.

@@ -4,7 +4,7 @@
 //! a pack now and then. It runs in a process of its own from the main step to the post step.
 //!
 //! `objects` is what sccache asks, `fetch` gets packs, `save` writes them, `disk_level` is the
-//! folder that sccache keeps in front of the relay, `cargo` what it does for cargo's folders,
+//! folder that sccache keeps in front of the relay, `server` sccache's server, `cargo` what it does for cargo's folders,
 //! `activity` what was done, `process` how the action's steps start it and talk to it,
 //! `inheritance` what it must not have of the step that starts it, on Windows.
 
@@ -17,6 +17,7 @@ mod inheritance;
 mod objects;
 pub mod process;
 mod save;
+pub mod server;
 
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::task::AbortHandle;
 
 use crate::github::cache_client::{CacheClient, CacheError, Endpoint};
 use crate::http_client::Timeouts;
@@ -43,6 +45,7 @@ use crate::relay::activity::Activity;
 use crate::relay::cargo::{CargoActivity, CargoJob, CargoRequest};
 use crate::relay::disk_level::Hydrated;
 use crate::relay::objects::Objects;
+use crate::relay::server::{ServerAnswer, ServerRequest};
 use crate::service;
 use crate::service::auth::{Access, BearerToken, Tokens, UrlSigner};
 use crate::store::chain::{Chain, Known};
@@ -132,6 +135,8 @@ pub struct Relay {
     /// How many waits for a pack in a row were in vain.
     vain_waits: AtomicU32,
     last_request: Mutex<Instant>,
+    /// What keeps sccache's server running.
+    server: Mutex<Option<AbortHandle>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -185,6 +190,7 @@ impl Relay {
             downloads: Arc::new(Semaphore::new(DOWNLOADS)),
             vain_waits: AtomicU32::new(0),
             last_request: Mutex::new(Instant::now()),
+            server: Mutex::new(None),
             config,
         }))
     }
@@ -268,7 +274,8 @@ struct Lifetime {
 
 fn control(lifetime: Arc<Lifetime>) -> Router {
     Router::new()
-        .route("/relay/activity", get(tell_activity))
+        .route("/relay/activity", get(tell_activity).post(tell_activity))
+        .route("/relay/server", post(start_server))
         .route("/relay/hydrate", post(hydrate))
         .route("/relay/cargo", post(restore_cargo))
         .route("/relay/finish", post(finish))
@@ -300,6 +307,13 @@ async fn hydrate(
 ) -> Json<Hydrated> {
     let relay = lifetime.relay.clone();
     Json(relay.hydrate(request.folder, request.wait).await)
+}
+
+async fn start_server(
+    Shared(lifetime): Shared<Arc<Lifetime>>,
+    Json(request): Json<ServerRequest>,
+) -> Json<ServerAnswer> {
+    Json(lifetime.relay.clone().start_server(request).await)
 }
 
 async fn restore_cargo(
@@ -334,11 +348,16 @@ pub struct Ready {
     pub port: u16,
 }
 
-/// Runs a relay to its end: until it is told to finish, gets a signal, or hears nothing for hours.
+/// Runs a relay to its end: until it is told to finish, gets a signal, hears nothing for hours, or
+/// `abandoned` ends, which says that the step that started it did not come to its own end.
 ///
 /// # Errors
 /// Where it does not come about.
-pub async fn run(config: &[u8], mut ready: impl Write) -> Result<(), RelayError> {
+pub async fn run(
+    config: &[u8],
+    mut ready: impl Write,
+    abandoned: impl Future<Output = ()>,
+) -> Result<(), RelayError> {
     let config: Config = serde_json::from_slice(config)?;
     let folder = config.folder.clone();
     let relay = Relay::new(config)?;
@@ -380,9 +399,12 @@ pub async fn run(config: &[u8], mut ready: impl Write) -> Result<(), RelayError>
             }
         }
     };
-    axum::serve(listener, router)
-        .with_graceful_shutdown(stop)
-        .await?;
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop);
+    tokio::select! {
+        served = served.into_future() => served?,
+        () = abandoned => {}
+    }
+    relay.end_server();
     // It goes with the runner's temporary folder otherwise.
     let _ = std::fs::remove_dir_all(folder);
     Ok(())

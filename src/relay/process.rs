@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
-use tokio::process::Command;
+use tokio::process::{ChildStdin, Command};
 use tokio::time::timeout;
 
 use crate::action::environment::Environment;
@@ -21,7 +21,9 @@ use crate::relay::cargo::{CargoActivity, CargoRequest};
 use crate::relay::disk_level::Hydrated;
 #[cfg(windows)]
 use crate::relay::inheritance;
+use crate::relay::server::{ServerAnswer, ServerRequest};
 use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
+use crate::sccache::server::{Server, ServerError};
 use crate::service::auth::BearerToken;
 use crate::store::index::Ran;
 
@@ -57,7 +59,23 @@ pub struct RunningRelay {
     pub control_token: BearerToken,
 }
 
-/// Starts a relay. It lives on when this process ends.
+/// What ties a relay to the step that started it: it ends when this is dropped, also where the step
+/// is killed, unless it is left to itself before.
+#[derive(Debug)]
+pub struct Tie(ChildStdin);
+
+impl Tie {
+    /// Lets the relay live on when this process ends.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub async fn untie(mut self) -> io::Result<()> {
+        self.0.write_all(b"\n").await?;
+        self.0.flush().await
+    }
+}
+
+/// Starts a relay, which ends with the returned tie.
 ///
 /// # Errors
 /// Where it does not come about.
@@ -66,7 +84,7 @@ pub async fn start(
     environment: &Environment,
     config: &Config,
     log: &Path,
-) -> Result<RunningRelay, ProcessError> {
+) -> Result<(RunningRelay, Tie), ProcessError> {
     let mut command = Command::new(program);
     command
         .arg("relay")
@@ -91,19 +109,23 @@ pub async fn start(
     let mut child = command.spawn()?;
     let started = async {
         let mut stdin = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        stdin.write_all(&serde_json::to_vec(config)?).await?;
-        drop(stdin);
+        // A line, since the rest of what could be sent is the tie.
+        let mut line = serde_json::to_vec(config)?;
+        line.push(b'\n');
+        stdin.write_all(&line).await?;
         let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).await?;
-        Ok::<Option<Ready>, io::Error>(serde_json::from_str(&line).ok())
+        let ready: Option<Ready> = serde_json::from_str(&line).ok();
+        Ok::<_, io::Error>(ready.map(|ready| (ready, Tie(stdin))))
     };
     let why = match timeout(START_TIMEOUT, started).await {
-        Ok(Ok(Some(ready))) => {
-            return Ok(RunningRelay {
+        Ok(Ok(Some((ready, tie)))) => {
+            let running = RunningRelay {
                 port: ready.port,
                 control_token: config.control_token.clone(),
-            });
+            };
+            return Ok((running, tie));
         }
         Ok(Ok(None)) => std::fs::read_to_string(log).unwrap_or_default(),
         Ok(Err(error)) => error.to_string(),
@@ -123,6 +145,33 @@ impl RunningRelay {
     pub async fn is_listening(&self) -> bool {
         let connected = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
         matches!(timeout(CONNECT_TIMEOUT, connected).await, Ok(Ok(_)))
+    }
+
+    /// Has it start sccache's server, and start it again where that dies.
+    ///
+    /// # Errors
+    /// Where the server did not start, or the relay does not answer.
+    pub async fn start_server(
+        &self,
+        server: &Server,
+        environment: &Environment,
+    ) -> Result<(), ServerError> {
+        let request = ServerRequest::new(server, environment);
+        let answer: Result<ServerAnswer, _> = self.ask("server", &request, START_TIMEOUT * 4).await;
+        let reason = match answer {
+            Ok(ServerAnswer { failure: None }) => return Ok(()),
+            Ok(ServerAnswer {
+                failure: Some(failure),
+            }) => failure,
+            Err(error) => error.to_string(),
+        };
+        Err(ServerError::NotStarted { reason })
+    }
+
+    /// Whether it answers. One that is stopped or hangs takes connections all the same.
+    pub async fn answers(&self) -> bool {
+        let answer: Result<Activity, _> = self.ask("activity", &(), Duration::ZERO).await;
+        answer.is_ok()
     }
 
     /// Waits until it knows what the packs hold, and has it put that on sccache's disk.

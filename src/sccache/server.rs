@@ -9,7 +9,7 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
@@ -59,6 +59,12 @@ pub enum ServerError {
         /// The time it had.
         limit: Duration,
     },
+    /// Its server did not start, for the reason that it gave.
+    #[error("{reason}")]
+    NotStarted {
+        /// The reason.
+        reason: String,
+    },
     /// It ran and failed.
     #[error("`sccache {call}` failed ({status}): {output}")]
     Failed {
@@ -75,14 +81,57 @@ impl ServerError {
     /// Whether this build of sccache was made without the storage it was asked for, as Debian's is
     /// (it has local disk only).
     pub fn storage_not_built_in(&self) -> bool {
-        matches!(self, Self::Failed { output, .. } if output.contains("cache type is not enabled"))
+        self.says("cache type is not enabled")
     }
 
     /// Whether the server's port was taken.
     pub fn port_taken(&self) -> bool {
-        matches!(self, Self::Failed { output, .. }
-            if output.contains("Address already in use") || output.contains("Address in use")
-                || output.contains("os error 10048"))
+        ["Address already in use", ADDRESS_IN_USE, "os error 10048"]
+            .iter()
+            .any(|words| self.says(words))
+    }
+
+    fn says(&self, words: &str) -> bool {
+        match self {
+            Self::Failed { output: said, .. } | Self::NotStarted { reason: said } => {
+                said.contains(words)
+            }
+            Self::NotRun { .. } | Self::TimedOut { .. } => false,
+        }
+    }
+}
+
+const ADDRESS_IN_USE: &str = "Address in use";
+
+/// What is said where sccache fails and prints nothing.
+const NO_REASON: &str = "sccache gave no reason";
+
+/// A server that this process started. It is killed when this value is dropped, unless it is left
+/// to itself before.
+#[derive(Debug)]
+pub struct ServerProcess {
+    /// `None` where sccache itself put the server into the background.
+    child: Option<Child>,
+}
+
+impl ServerProcess {
+    /// Lets the server live on when this process ends.
+    pub fn leave(self) {
+        // tokio's only way to keep a child that is killed when it is dropped.
+        std::mem::forget(self.child);
+    }
+
+    /// Waits until the server ends. `None` where it ended well, else how, in words. Never ends for
+    /// a server in the background.
+    pub async fn end(&mut self) -> Option<String> {
+        let Some(child) = &mut self.child else {
+            return std::future::pending().await;
+        };
+        match child.wait().await {
+            Ok(status) if status.success() => None,
+            Ok(status) => Some(status.to_string()),
+            Err(error) => Some(error.to_string()),
+        }
     }
 }
 
@@ -92,17 +141,92 @@ impl Server {
         Self { sccache, port }
     }
 
+    /// The binary.
+    pub fn sccache(&self) -> &Path {
+        &self.sccache
+    }
+
     /// Its port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Starts the server with `environment` and nothing else in its environment. It lives on when
-    /// this process ends.
+    /// Starts the server with `environment` and nothing else in its environment.
+    ///
+    /// On Unix it is a child of this process in a group of its own. sccache's `--start-server` would
+    /// have it end its ties itself, and set a umask of 027, so that each object would have the mode
+    /// 640; and it would put a socket into the folder for temporary files, whose path may be too long.
     ///
     /// # Errors
-    /// Where it did not start, with what it printed.
-    pub async fn start(&self, environment: &Environment) -> Result<(), ServerError> {
+    /// Where it did not start, with what it said.
+    pub async fn start(&self, environment: &Environment) -> Result<ServerProcess, ServerError> {
+        #[cfg(unix)]
+        if let Some(notice) = notice::Notice::listen(environment) {
+            return self.start_as_child(environment, notice).await;
+        }
+        self.start_in_background(environment).await?;
+        Ok(ServerProcess { child: None })
+    }
+
+    #[cfg(unix)]
+    async fn start_as_child(
+        &self,
+        environment: &Environment,
+        notice: notice::Notice,
+    ) -> Result<ServerProcess, ServerError> {
+        let mut command = self.command::<&str>(&[], Some(environment));
+        let said = tempfile::tempfile().ok();
+        let stderr = said.as_ref().and_then(|file| file.try_clone().ok());
+        command
+            .env("SCCACHE_START_SERVER", "1")
+            .env("SCCACHE_NO_DAEMON", "1")
+            .env("SCCACHE_STARTUP_NOTIFY", notice.path())
+            // It must not keep anybody from removing the folder that this step runs in.
+            .current_dir("/")
+            .process_group(0)
+            .stdout(Stdio::null())
+            .stderr(stderr.map_or_else(Stdio::null, Stdio::from));
+        let not_run = |error| ServerError::NotRun {
+            sccache: self.sccache.clone(),
+            error,
+        };
+        let mut child = command.spawn().map_err(not_run)?;
+        let started = timeout(START_TIMEOUT, async {
+            tokio::select! {
+                biased;
+                notified = notice.wait() => notified.map_err(|error| error.to_string()),
+                status = child.wait() => Ok(notice::Started::Ended(
+                    status.map_or_else(|error| error.to_string(), |status| status.to_string()),
+                )),
+            }
+        });
+        let call = "--start-server".to_owned();
+        let reason = match started.await {
+            Ok(Ok(notice::Started::Listening)) => return Ok(ServerProcess { child: Some(child) }),
+            Ok(Ok(notice::Started::AddressInUse)) => ADDRESS_IN_USE.to_owned(),
+            Ok(Ok(notice::Started::Refused(reason))) => reason,
+            Ok(Ok(notice::Started::Ended(status))) => {
+                let output = shortened(&[what_was_written(said)]);
+                return Err(ServerError::Failed {
+                    call,
+                    status,
+                    output,
+                });
+            }
+            Ok(Err(error)) => format!("what it said of its start cannot be read: {error}"),
+            Err(_) => {
+                let limit = START_TIMEOUT;
+                return Err(ServerError::TimedOut { call, limit });
+            }
+        };
+        let reason = match shortened(&[reason.into_bytes()]) {
+            reason if reason.is_empty() => NO_REASON.to_owned(),
+            reason => reason,
+        };
+        Err(ServerError::NotStarted { reason })
+    }
+
+    async fn start_in_background(&self, environment: &Environment) -> Result<(), ServerError> {
         let call = "--start-server";
         let mut command = self.command(&[call], Some(environment));
         // The server may hold what this call prints to for as long as it lives, so the end is that
@@ -184,9 +308,9 @@ impl Server {
             .map(drop)
     }
 
-    fn command(
+    fn command<A: AsRef<OsStr>>(
         &self,
-        arguments: &[impl AsRef<OsStr>],
+        arguments: &[A],
         environment: Option<&Environment>,
     ) -> Command {
         let mut command = Command::new(&self.sccache);
@@ -269,27 +393,126 @@ fn what_was_written(file: Option<File>) -> Vec<u8> {
 
 /// What sccache said of its failure, without the stack trace some versions print after it.
 fn what_was_said(output: &Output) -> String {
-    let both = [&output.stderr, &output.stdout].map(|bytes| String::from_utf8_lossy(bytes));
-    let lines = both.iter().flat_map(|text| text.lines());
+    shortened(&[output.stderr.clone(), output.stdout.clone()])
+}
+
+fn shortened(texts: &[Vec<u8>]) -> String {
+    let lines = texts.iter().map(|bytes| String::from_utf8_lossy(bytes));
     let mut said = String::new();
-    for line in lines.map(str::trim).filter(|line| !line.is_empty()) {
-        if ["Backtrace:", "Stack backtrace:", "Run with SCCACHE_LOG"]
-            .iter()
-            .any(|start| line.starts_with(start))
-        {
-            break;
-        }
-        if !said.is_empty() {
-            said.push_str("; ");
-        }
-        said.push_str(line);
-        if said.len() > KEPT_OUTPUT {
-            break;
+    for text in lines {
+        for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            if ["Backtrace:", "Stack backtrace:", "Run with SCCACHE_LOG"]
+                .iter()
+                .any(|start| line.starts_with(start))
+            {
+                return cut(said);
+            }
+            if !said.is_empty() {
+                said.push_str("; ");
+            }
+            said.push_str(line);
+            if said.len() > KEPT_OUTPUT {
+                return cut(said);
+            }
         }
     }
+    if said.is_empty() {
+        return NO_REASON.to_owned();
+    }
+    cut(said)
+}
+
+fn cut(said: String) -> String {
     match said.char_indices().nth(KEPT_OUTPUT) {
         Some((end, _)) => format!("{}…", &said[..end]),
         None => said,
+    }
+}
+
+/// How a server says that it has started: with one message through a socket whose path is in its
+/// environment (`notify_server_startup` in `src/server.rs` of sccache).
+#[cfg(unix)]
+mod notice {
+    use std::io;
+    use std::path::{Path, PathBuf};
+
+    use tempfile::TempDir;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixListener;
+
+    use crate::action::environment::Environment;
+
+    /// The most bytes that a message is taken for.
+    const MESSAGE_LIMIT: u32 = 1 << 20;
+
+    /// What became of a server.
+    #[derive(Debug, PartialEq, Eq)]
+    pub enum Started {
+        Listening,
+        AddressInUse,
+        Refused(String),
+        /// It ended and said nothing; with its status.
+        Ended(String),
+    }
+
+    pub struct Notice {
+        listener: UnixListener,
+        path: PathBuf,
+        _folder: TempDir,
+    }
+
+    impl Notice {
+        /// A socket in the first folder for temporary files that can have one.
+        pub fn listen(environment: &Environment) -> Option<Self> {
+            let named = environment.path("TMPDIR");
+            let folders = named.into_iter().chain([PathBuf::from("/tmp")]);
+            folders.chain([std::env::temp_dir()]).find_map(|folder| {
+                let builder = tempfile::Builder::new()
+                    .prefix("sccache-")
+                    .tempdir_in(folder);
+                let folder = builder.ok()?;
+                let path = folder.path().join("start");
+                let listener = UnixListener::bind(&path).ok()?;
+                Some(Self {
+                    listener,
+                    path,
+                    _folder: folder,
+                })
+            })
+        }
+
+        pub fn path(&self) -> &Path {
+            &self.path
+        }
+
+        pub async fn wait(&self) -> io::Result<Started> {
+            let (mut stream, _) = self.listener.accept().await?;
+            let length = stream.read_u32().await?;
+            if length > MESSAGE_LIMIT {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let mut message = vec![0; length as usize];
+            stream.read_exact(&mut message).await?;
+            understand(&message).ok_or_else(|| io::ErrorKind::InvalidData.into())
+        }
+    }
+
+    /// The message is in bincode: the number of the variant in four bytes, a text with its length in
+    /// eight before it, all of them little-endian.
+    pub fn understand(message: &[u8]) -> Option<Started> {
+        let (variant, rest) = message.split_first_chunk()?;
+        match u32::from_le_bytes(*variant) {
+            0 => Some(Started::Listening),
+            1 => Some(Started::AddressInUse),
+            2 => Some(Started::Refused("it took too long".to_owned())),
+            3 => {
+                let (length, text) = rest.split_first_chunk()?;
+                let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+                let text = String::from_utf8_lossy(text.get(..length)?);
+                Some(Started::Refused(text.into_owned()))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -324,6 +547,35 @@ mod tests {
     fn a_long_failure_is_shortened_at_a_character() {
         let said = what_was_said(&failure(&"é".repeat(5_000)));
         assert_eq!(said.chars().count(), KEPT_OUTPUT + 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_failure_without_a_word_says_that_there_was_none() {
+        assert_eq!(what_was_said(&failure("\n")), NO_REASON);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_a_server_says_of_its_start_is_understood_or_refused() {
+        use notice::{Started, understand};
+        let refused =
+            |length: u64| [&3u32.to_le_bytes()[..], &length.to_le_bytes(), b"why"].concat();
+        assert_eq!(understand(&[0, 0, 0, 0, 9]), Some(Started::Listening));
+        assert_eq!(understand(&[1, 0, 0, 0]), Some(Started::AddressInUse));
+        assert_eq!(
+            understand(&refused(3)),
+            Some(Started::Refused("why".to_owned()))
+        );
+        for bad in [
+            &refused(4)[..],
+            &refused(u64::MAX),
+            &[4, 0, 0, 0],
+            &[0, 0],
+            b"",
+        ] {
+            assert_eq!(understand(bad), None, "{bad:?}");
+        }
     }
 
     #[tokio::test]

@@ -8,6 +8,8 @@ mod behaviours;
 mod cache_client;
 mod caches;
 mod cargo_cache;
+#[cfg(unix)]
+mod compiles;
 mod conformance;
 mod documents;
 mod install;

@@ -1,0 +1,254 @@
+//! Compiles through the wrapper beside the bare compiler's, in whole jobs: in the situations of which
+//! builds have reported that a cache changed them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::c_build::{BUILD, FILES, objects, remove_objects, write_sources};
+use crate::support::runner::{Job, binary, kill};
+use crate::support::tools;
+use crate::support::upstream::{Options, Upstream};
+
+/// A job in mode `packed` with the sources of the small C build.
+fn job(upstream: &Upstream) -> Job {
+    let mut job = Job::with_sccache(&tools::sccache("0.16.0"));
+    job.use_service(&upstream.url, &upstream.token);
+    job.set("GITHUB_WORKFLOW", "CI");
+    job.set("GITHUB_JOB", "build");
+    job.set("INPUT_WRAP", "c");
+    write_sources(&job);
+    job
+}
+
+/// Waits until sccache's server runs in another process than `killed`.
+#[track_caller]
+fn another_server(job: &Job, killed: u32) -> u32 {
+    let begin = Instant::now();
+    loop {
+        match job.server_pid() {
+            Some(pid) if pid != killed => return pid,
+            _ => assert!(begin.elapsed() < Duration::from_secs(20), "it stays away"),
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_is_started_again_with_the_same_storage_and_no_token_in_any_step() {
+    let upstream = Upstream::start(Options::default());
+    let first = job(&upstream);
+    first.setup().green();
+    first.shell(BUILD).green();
+    first.report().green();
+    let mut second = job(&upstream);
+    // What is on the disk already would be no proof of the storage behind it.
+    second.set("INPUT_NAMESPACE", "default");
+    second.setup().green();
+    let killed = second.server_pid().unwrap();
+    kill(killed);
+    let started = another_server(&second, killed);
+    let environment = fs::read(format!("/proc/{started}/environ")).unwrap();
+    let environment = String::from_utf8_lossy(&environment).into_owned();
+    assert!(environment.contains("SCCACHE_MULTILEVEL_CHAIN=disk,gha"));
+    assert!(!environment.contains(&upstream.token));
+    for (name, value) in second.later_environment().iter() {
+        assert!(
+            !name.starts_with("ACTIONS_") && !value.contains(&upstream.token),
+            "{name}"
+        );
+    }
+    second.shell(BUILD).green();
+    assert_eq!(objects(&second), FILES);
+    let report = second.report().green();
+    assert!(
+        report.stdout.contains("6 hits, 0 misses"),
+        "{}",
+        report.stdout
+    );
+    assert!(
+        !report.stdout.contains("without sccache"),
+        "{}",
+        report.stdout
+    );
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(
+        warnings[0].contains("sccache's server died 1 time in the job"),
+        "{warnings:?}"
+    );
+    second.server_ends();
+}
+
+#[test]
+fn a_server_that_dies_again_and_again_is_left_and_the_build_goes_on() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    job.setup().green();
+    let mut pid = job.server_pid().unwrap();
+    for _ in 0..5 {
+        kill(pid);
+        pid = another_server(&job, pid);
+    }
+    kill(pid);
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    let report = job.report().green();
+    assert!(report.stdout.contains("died 6 times"), "{}", report.stdout);
+    job.server_ends();
+}
+
+#[test]
+fn a_folder_for_temporary_files_that_is_missing_or_has_a_long_path_is_in_nobodys_way() {
+    let long = tempfile::tempdir().unwrap();
+    let long = long.path().join("t".repeat(170));
+    fs::create_dir_all(&long).unwrap();
+    for folder in [&long, Path::new("/not/there")] {
+        let upstream = Upstream::start(Options::default());
+        let mut job = job(&upstream);
+        job.set("TMPDIR", folder.display().to_string());
+        let setup = job.setup().green();
+        assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+        let build = job.shell(BUILD).green();
+        assert_eq!(build.stderr, "");
+        remove_objects(&job);
+        job.shell(BUILD).green();
+        assert_eq!(objects(&job), FILES);
+        let report = job.report().green();
+        let said = "6 hits, 6 misses, 0 errors";
+        assert!(report.stdout.contains(said), "{}", report.stdout);
+        assert!(report.warnings().is_empty(), "{:?}", report.warnings());
+    }
+}
+
+/// Processes that have this job's `RUNNER_TEMP` in their environment, with their command lines.
+fn processes_of(job: &Job) -> Vec<(u32, String)> {
+    let own = format!("RUNNER_TEMP={}", job.get("RUNNER_TEMP"));
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let processes = processes.filter_map(|process| {
+        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+        let environment = fs::read(process.path().join("environ")).ok()?;
+        let mut variables = environment.split(|byte| *byte == 0);
+        variables
+            .any(|variable| variable == own.as_bytes())
+            .then_some(())?;
+        let line = fs::read(process.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        // One that has ended and whose parent has not asked yet has no command line.
+        (!line.is_empty()).then_some((pid, line))
+    });
+    processes.collect()
+}
+
+/// Cancels the main step `after` this time by a signal, runs the post step and waits until no process
+/// of the job is left.
+#[track_caller]
+fn cancel(upstream: &Upstream, mode: &str, after: Duration, signal: &str) {
+    let mut job = job(upstream);
+    job.set("INPUT_MODE", mode);
+    let launcher = launcher_of_this_build(&job);
+    let mut step = Command::new("node")
+        .arg(launcher.join("main.js"))
+        .env_clear()
+        .envs(job.main_environment().iter())
+        .current_dir(job.path("workspace"))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The moment is what is tested; there is no event at each.
+    std::thread::sleep(after);
+    let sent = Command::new("kill")
+        .args([signal, &step.id().to_string()])
+        .status();
+    assert!(sent.is_ok());
+    let _ = step.wait().unwrap();
+    let post = job.action_step(true, &["node".into(), launcher.join("post.js")]);
+    post.green();
+    let begin = Instant::now();
+    loop {
+        let left = processes_of(&job);
+        if left.is_empty() {
+            return;
+        }
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "{mode}, {signal} after {after:?}: {left:?}"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// The launcher with the binary under test in place of the released one.
+fn launcher_of_this_build(job: &Job) -> std::path::PathBuf {
+    let folder = job.path("launcher");
+    fs::create_dir_all(&folder).unwrap();
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist");
+    for file in ["main.js", "post.js", "launcher.js"] {
+        fs::copy(dist.join(file), folder.join(file)).unwrap();
+    }
+    fs::copy(binary(), folder.join("binary")).unwrap();
+    let digest = Command::new("sha256sum").arg(binary()).output().unwrap();
+    let digest = String::from_utf8_lossy(&digest.stdout).into_owned();
+    let digest = digest.split_whitespace().next().unwrap();
+    let manifest = format!(
+        "{{\"binaries\":{{\"linux-x64\":{{\"file\":\"binary\",\"sha256\":\"{digest}\"}}}}}}"
+    );
+    fs::write(folder.join("manifest.json"), manifest).unwrap();
+    folder
+}
+
+#[test]
+fn a_job_that_is_cancelled_at_any_moment_of_the_main_step_leaves_no_process() {
+    let upstream = Upstream::start(Options::default());
+    for mode in ["packed", "local"] {
+        for step in 0..16 {
+            let after = Duration::from_millis(40 * step);
+            let signal = ["-INT", "-TERM"][step as usize % 2];
+            cancel(&upstream, mode, after, signal);
+        }
+    }
+}
+
+#[test]
+fn a_main_step_that_is_killed_leaves_no_relay_and_no_server_of_the_relays() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    let mut step = Command::new(binary())
+        .arg("setup")
+        .env_clear()
+        .envs(job.main_environment().iter())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begin = Instant::now();
+    while processes_of(&job).len() < 2 && step.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "no relay");
+        std::thread::yield_now();
+    }
+    kill(step.id());
+    let _ = step.wait().unwrap();
+    while !processes_of(&job).is_empty() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            processes_of(&job)
+        );
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn an_object_has_the_mode_that_the_compiler_gives_it() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    job.setup().green();
+    for state in ["cold", "hit"] {
+        job.shell("umask 022; sccache gcc -c 1.c -o 1.o").green();
+        let mode = fs::metadata(job.path("workspace/1.o"))
+            .unwrap()
+            .permissions();
+        assert_eq!(mode.mode() & 0o7777, 0o644, "{state}");
+    }
+}
