@@ -98,3 +98,11 @@ if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
         $as_root apt-get install -qq --no-install-recommends postgresql >/dev/null
     }
 fi
+
+if ! command -v clang >/dev/null 2>&1; then
+    echo "clang (Debian)"
+    $as_root apt-get install -qq --no-install-recommends clang >/dev/null || {
+        $as_root apt-get update -qq
+        $as_root apt-get install -qq --no-install-recommends clang >/dev/null
+    }
+fi
