@@ -22,9 +22,9 @@ use futures_util::{StreamExt, stream};
 use sccache_action::action::environment::Environment;
 use sccache_action::github::cache_client::{CacheClient, Endpoint, Protocol, Reserved};
 use sccache_action::http_client::Timeouts;
-use sccache_action::relay::Config;
 use sccache_action::relay::activity::Activity;
 use sccache_action::relay::process::{self, RunningRelay};
+use sccache_action::relay::{Config, FREE_FLOOR};
 use sccache_action::service::auth::BearerToken;
 use upstream::{DEFAULT_BRANCH, Options as Distance, Upstream};
 
@@ -181,6 +181,7 @@ async fn relay(upstream: &Upstream, folder: &Path) -> (RunningRelay, CacheClient
         lane: 1,
         max_size: 10 << 30,
         flush_age: Duration::from_secs(45),
+        free_floor: FREE_FLOOR,
     };
     let program = Path::new(env!("CARGO_BIN_EXE_sccache-action"));
     let environment = Environment::of_this_process();

@@ -10,9 +10,9 @@ use crate::action::scopes::{self, Scopes};
 use crate::action::workflow_command::Log;
 use crate::github::cache_client::Endpoint;
 use crate::install::Platform;
-use crate::relay::Config;
 use crate::relay::activity::Activity;
 use crate::relay::process::{self, RunningRelay, Tie};
+use crate::relay::{Config, FREE_FLOOR};
 use crate::sccache::state::StateDir;
 use crate::service::auth::BearerToken;
 use crate::store::flush::Limits;
@@ -82,6 +82,9 @@ pub async fn start(
     let flush_age = environment
         .get("SCCACHE_ACTION_FLUSH_SECONDS")
         .and_then(|seconds| seconds.parse().ok());
+    let free_floor = environment
+        .get("SCCACHE_ACTION_FREE_FLOOR")
+        .and_then(|bytes| bytes.parse().ok());
     let config = Config {
         endpoint,
         client_token: client_token.clone(),
@@ -94,6 +97,7 @@ pub async fn start(
         write: scopes.write,
         max_size: inputs.max_size,
         flush_age: flush_age.map_or(Limits::default().age, Duration::from_secs),
+        free_floor: free_floor.unwrap_or(FREE_FLOOR),
     };
     let (running, tie) = process::start(program, environment, &config, &state_dir.relay_log())
         .await

@@ -30,6 +30,7 @@ use crate::install::{self, Platform};
 use crate::sccache::server::Server;
 use crate::sccache::state::sccache_on_path;
 use crate::sccache::stats::Stats;
+use crate::store::local;
 
 /// How long a server may take. A person waits.
 const TIMEOUTS: Timeouts = Timeouts {
@@ -176,15 +177,8 @@ fn existing(path: &Path) -> Option<&Path> {
 }
 
 /// The bytes that this user may still write where `path` is or will be.
-#[cfg(unix)]
 fn free(path: &Path) -> Option<u64> {
-    let status = rustix::fs::statvfs(existing(path)?).ok()?;
-    status.f_bavail.checked_mul(status.f_frsize)
-}
-
-#[cfg(not(unix))]
-fn free(path: &Path) -> Option<u64> {
-    existing(path).and(None)
+    local::free(existing(path)?)
 }
 
 /// The number of the disk where `path` is or will be.

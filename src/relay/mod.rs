@@ -93,7 +93,13 @@ pub struct Config {
     pub max_size: u64,
     /// How long an object waits at most before it is written.
     pub flush_age: Duration,
+    /// How many bytes the disk of `folder` must have free for the relay to keep what is new.
+    pub free_floor: u64,
 }
+
+/// The floor where nothing else is said: a build that runs out of disk fails, and a cache must not be
+/// what took the last of it.
+pub const FREE_FLOOR: u64 = 1 << 30;
 
 /// Why there is no relay.
 #[derive(Debug, thiserror::Error)]

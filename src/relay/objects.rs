@@ -17,7 +17,8 @@ use crate::service::store::{Content, Entry, EntryName, Piece, Query, Store, Stor
 use crate::store::chain::Known;
 use crate::store::flush::Pending;
 use crate::store::index::{Digest, Object, ObjectKey};
-use crate::store::local::LocalFile;
+use crate::store::local::{self, LocalFile};
+use crate::words;
 
 /// The largest object that is taken, in bytes: a library of that size costs more to move than to
 /// compile.
@@ -440,6 +441,7 @@ impl Relay {
                 return Ok((slot.number, length));
             }
         }
+        self.has_room(length)?;
         let spool = lock(&self.objects).spool.clone();
         let offset = spool.append_from(content, length)?;
         let now = self.elapsed();
@@ -447,6 +449,23 @@ impl Relay {
         let number = lock(&self.objects).wrote(key, (spool, offset), (digest, length), now);
         self.waiting.notify_one();
         Ok((number, length))
+    }
+
+    /// Whether the disk may take `length` bytes more.
+    fn has_room(&self, length: u64) -> io::Result<()> {
+        let floor = self.config.free_floor;
+        match local::free(&self.config.folder) {
+            Some(free) if free.saturating_sub(length) < floor => Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!(
+                    "{} are free on the disk of {}, and nothing more is kept below {}",
+                    words::size(free),
+                    self.config.folder.display(),
+                    words::size(floor)
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Waits until the indexes are read, but not for ever.

@@ -19,6 +19,20 @@ pub struct LocalFile {
     length: Mutex<u64>,
 }
 
+/// The bytes that this user may still write on the disk of `path`, which is there; `None` where the
+/// system does not tell.
+#[cfg(unix)]
+pub fn free(path: &Path) -> Option<u64> {
+    let status = rustix::fs::statvfs(path).ok()?;
+    status.f_bavail.checked_mul(status.f_frsize)
+}
+
+/// The same where the system is not asked.
+#[cfg(not(unix))]
+pub fn free(_path: &Path) -> Option<u64> {
+    None
+}
+
 impl LocalFile {
     /// A new, empty file at `path`.
     ///

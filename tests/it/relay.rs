@@ -596,13 +596,25 @@ fn fourth_run(job: &Job) -> Step {
 
 #[test]
 fn a_full_disk_leaves_the_build_green() {
+    build_on_a_small_disk("0", 1 << 20, "head -c 10M /dev/zero", "No space left");
+}
+
+#[test]
+fn below_a_floor_of_free_space_nothing_more_is_kept_and_the_build_is_green() {
+    build_on_a_small_disk("", 50 << 20, "true", "nothing more is kept below 1.0 GB");
+}
+
+/// A job whose disk has `room` bytes beside the action's binary, with a floor of so many free bytes (or
+/// the one that there is without), after what `fill` writes.
+fn build_on_a_small_disk(floor: &str, room: u64, fill: &str, told: &str) {
     let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
     if !may_mount.is_ok_and(|status| status.success()) {
         eprintln!("this user may not mount anything; nothing was tested");
         return;
     }
     let upstream = Upstream::start(Options::default());
-    let job = job("0.10.0", &upstream);
+    let mut job = job("0.10.0", &upstream);
+    job.set("SCCACHE_ACTION_FREE_FLOOR", floor);
     for i in 1..=FILES {
         // Larger than what is left of a page.
         let numbers: Vec<String> = (0..20_000u64)
@@ -613,11 +625,11 @@ fn a_full_disk_leaves_the_build_green() {
     }
     // A file system of the job's own. The wrapper, a copy of the action's binary, is there as well.
     let temporary = job.get("RUNNER_TEMP").to_owned();
-    let size = fs::metadata(binary()).unwrap().len() + (1 << 20);
+    let size = fs::metadata(binary()).unwrap().len() + room;
     let script = format!(
         "mount -t tmpfs -o size={size} tmpfs {temporary}\n\
          env INPUT_INSTALL-FROM=path {binary} setup\n\
-         head -c 10M /dev/zero > {temporary}/fill || true\n\
+         {fill} > {temporary}/fill || true\n\
          export SCCACHE_SERVER_PORT=$(sed -n '/^SCCACHE_SERVER_PORT<</{{n;p}}' $GITHUB_ENV)\n\
          export PATH=$(cat $GITHUB_PATH):$PATH\n\
          {BUILD}",
@@ -632,7 +644,7 @@ fn a_full_disk_leaves_the_build_green() {
     let report = job.action_step(true, &report).green();
     let warnings = report.warnings();
     assert_eq!(warnings.len(), 1, "{}", report.stdout);
-    assert!(warnings[0].contains("No space left"), "{warnings:?}");
+    assert!(warnings[0].contains(told), "{warnings:?}");
 }
 
 #[test]
