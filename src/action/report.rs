@@ -72,10 +72,22 @@ pub async fn run(environment: &Environment, program: &Path, log: &Log) -> Outcom
             let mut ending = end(&state, log).await;
             let ran = ending.ran();
             ending.relay = end_relay(&state, environment, program, ran, log).await;
-            return tell(&state, &ending, &files, &wishes, log);
+            let outcome = tell(&state, &ending, &files, &wishes, log);
+            remove_elsewhere(&state, environment);
+            return outcome;
         }
     }
     Outcome::Done
+}
+
+/// Removes a state folder that is not where the runner cleans up by itself.
+fn remove_elsewhere(state: &State, environment: &Environment) {
+    let root = state.state_dir.root();
+    let temporary = environment.path("RUNNER_TEMP");
+    if temporary.is_some_and(|temporary| !root.starts_with(temporary)) {
+        // What a server that ends still writes stays.
+        let _ = std::fs::remove_dir_all(root);
+    }
 }
 
 /// What the user wants of the report.
@@ -277,6 +289,7 @@ fn tell(
         raw_stats: &ending.raw_stats,
         uncached: state.state_dir.uncached_compiles(),
         uncached_reason: reason.as_deref(),
+        of_other_users: state.state_dir.compiles_of_other_users(),
         server_log: &ending.server_log,
         relay: ending
             .relay

@@ -242,11 +242,7 @@ fn names_sccache(environment: &Environment) -> bool {
 /// here. Where the runner has an sccache of its own, the latter call that one, as they would without
 /// this action.
 fn stand_in(environment: &Environment, program: &Path, files: &RunnerFiles) -> io::Result<()> {
-    let state_dir = StateDir::create(&temporary_folder(environment), None)?;
-    let wrapper = wrapper::install(program, &state_dir).inspect_err(|_| {
-        // On a full disk half a copy would take the rest of it.
-        let _ = std::fs::remove_dir_all(state_dir.root());
-    })?;
+    let wrapper = folder_for_programs(environment, program)?.wrapper();
     if let Some(folder) = wrapper.parent()
         && (names_sccache(environment) || sccache_on_path(environment).is_none())
     {
@@ -265,6 +261,37 @@ fn temporary_folder(environment: &Environment) -> PathBuf {
         .unwrap_or_else(std::env::temp_dir)
 }
 
+/// A new state folder with the wrapper in it: in the runner's folder for temporary files, or where that is
+/// full, or on a file system on which nothing can be run, in the first other one that will do.
+///
+/// # Errors
+/// Where none will, with the reason of the first.
+fn folder_for_programs(environment: &Environment, program: &Path) -> io::Result<StateDir> {
+    let mut first_error = None;
+    let named = [
+        Some(temporary_folder(environment)),
+        environment.path("RUNNER_TOOL_CACHE"),
+        Some(std::env::temp_dir()),
+    ];
+    for folder in named.into_iter().flatten() {
+        let tried = StateDir::create(&folder, None).and_then(|state_dir| {
+            let installed = wrapper::install(program, &state_dir);
+            // On a full disk half a copy would take the rest of it.
+            installed.inspect_err(|_| drop(std::fs::remove_dir_all(state_dir.root())))?;
+            Ok(state_dir)
+        });
+        match tried {
+            Ok(state_dir) => return Ok(state_dir),
+            Err(error) => {
+                first_error.get_or_insert_with(|| {
+                    io::Error::new(error.kind(), format!("{}: {error}", folder.display()))
+                });
+            }
+        }
+    }
+    Err(first_error.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
+}
+
 async fn set_up(
     environment: &Environment,
     inputs: &Inputs,
@@ -272,8 +299,9 @@ async fn set_up(
     log: &Log,
 ) -> Result<Ready, SetupError> {
     let temporary = temporary_folder(environment);
-    let state_dir = StateDir::create(&temporary, None)
-        .map_err(SetupError::io("no folder for the state of this set-up"))?;
+    let state_dir = folder_for_programs(environment, program).map_err(SetupError::io(
+        "no folder in which sccache's wrapper can be run",
+    ))?;
     let mut choice = mode::choose(inputs.mode, environment);
     // Before anything else, since it reads its indexes while sccache is installed.
     let mut relay = None;
@@ -296,7 +324,7 @@ async fn set_up(
         relay: relay.as_ref(),
     };
     // The two wait for each other nowhere.
-    let (ready, ()) = tokio::join!(begun.set_up(choice, program, log), begun.restore_cargo(log));
+    let (ready, ()) = tokio::join!(begun.set_up(choice, log), begun.restore_cargo(log));
     let ready = match (ready, relay) {
         (Ok(ready), Some(relay)) if ready.mode == Mode::Packed => Ok(Ready {
             read_only: ready.read_only || !relay.may_write,
@@ -337,12 +365,11 @@ impl Begun<'_> {
         }
     }
 
-    async fn set_up(&self, choice: Choice, program: &Path, log: &Log) -> Result<Ready, SetupError> {
+    async fn set_up(&self, choice: Choice, log: &Log) -> Result<Ready, SetupError> {
         let installed = install(self.environment, self.inputs, log).await?;
         self.state_dir
             .set_sccache(&installed.path)
-            .and_then(|()| wrapper::install(program, self.state_dir))
-            .map_err(SetupError::io("sccache's wrapper could not be installed"))?;
+            .map_err(SetupError::io("sccache's path cannot be written down"))?;
         let started = self.start(choice, &installed, log).await?;
         let server = started.server;
         let tried = async {

@@ -85,6 +85,7 @@ pub async fn run(environment: &Environment, form: Form) -> Result<String, StatsC
         raw_stats: &raw,
         uncached: state_dir.map_or(0, |state_dir| state_dir.uncached_compiles()),
         uncached_reason: reason.as_deref(),
+        of_other_users: state_dir.map_or(0, |state_dir| state_dir.compiles_of_other_users()),
         server_log: "",
         // It has its say at its end.
         relay: None,
@@ -202,6 +203,7 @@ mod tests {
                 raw_stats: "",
                 uncached: 2,
                 uncached_reason: None,
+                of_other_users: 0,
                 server_log: "",
                 relay: None,
                 min_hit_rate: None,

@@ -40,6 +40,8 @@ pub struct Report<'a> {
     pub uncached: usize,
     /// Why the first of these did.
     pub uncached_reason: Option<&'a str>,
+    /// Compiles that ran without sccache because their steps run as another user than the action.
+    pub of_other_users: u64,
     /// What sccache's server had to say for itself.
     pub server_log: &'a str,
     /// What the relay did, or why that is not known; `None` where there was none.
@@ -136,6 +138,16 @@ pub fn annotation(report: &Report<'_>) -> String {
 /// Whether there is something in the report that the user should mend.
 pub fn is_troubled(report: &Report<'_>) -> bool {
     !troubles(report).is_empty()
+}
+
+/// What ran without sccache as it should.
+fn compiles_of_other_users(report: &Report<'_>) -> Option<String> {
+    (report.of_other_users > 0).then(|| {
+        format!(
+            "{} ran without sccache, since the step runs as another user than the action.",
+            counted(report.of_other_users, "compile")
+        )
+    })
 }
 
 /// What went wrong, each in a sentence.
@@ -338,6 +350,9 @@ pub fn markdown(report: &Report<'_>) -> String {
     if let Some(hint) = why_nothing_was_hit(report) {
         let _ = writeln!(text, "{hint}\n");
     }
+    if let Some(others) = compiles_of_other_users(report) {
+        let _ = writeln!(text, "{others}\n");
+    }
     for trouble in troubles(report) {
         let _ = writeln!(text, "> [!WARNING]\n> {}\n", escape(&trouble));
     }
@@ -534,6 +549,9 @@ pub fn log_text(report: &Report<'_>) -> String {
     if let Some(hint) = why_nothing_was_hit(report) {
         let _ = writeln!(text, "{hint}");
     }
+    if let Some(others) = compiles_of_other_users(report) {
+        let _ = writeln!(text, "{others}");
+    }
     for trouble in troubles(report) {
         let _ = writeln!(text, "{trouble}");
     }
@@ -656,6 +674,7 @@ mod tests {
             raw_stats,
             uncached: 0,
             uncached_reason: None,
+            of_other_users: 0,
             server_log: "",
             relay: None,
             min_hit_rate: None,
@@ -861,6 +880,7 @@ mod tests {
         let report = Report {
             uncached: 12,
             uncached_reason: Some("error: Server startup failed"),
+            of_other_users: 0,
             server_log: "[ERROR] out of memory",
             ..report(Err("sccache's server was gone"), "")
         };
@@ -956,6 +976,7 @@ mod tests {
                 cache_location: &foreign,
                 uncached: 1,
                 uncached_reason: Some(&foreign),
+                of_other_users: 0,
                 server_log: &long,
                 ..report(Ok(&stats), &long)
             };

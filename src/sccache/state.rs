@@ -1,6 +1,7 @@
 //! What a set-up leaves on disk for the wrapper and for the report: one folder per set-up, under
 //! the runner's temporary folder. Others may read it, since a build may run as another user and
-//! must still find its wrapper; only the log, which sccache fills, is closed to them.
+//! must still find its wrapper; only the log, which sccache fills, is closed to them. Such a build
+//! leaves its notes in a folder in which anybody may write, and nobody what is another's.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -65,6 +66,7 @@ pub fn sccache_on_path(environment: &Environment) -> Option<PathBuf> {
 /// about           what any step may know of the set-up, for the commands `stats` and `doctor`
 /// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
+/// other-users/    for each other user whose steps compiled, a byte per compile
 /// log/sccache.log what the sccache server writes to its log
 /// log/relay.log   what the relay says where it fails
 /// relay/          the relay's files; for nobody else to read
@@ -92,6 +94,8 @@ impl StateDir {
             fs::create_dir(folder)?;
             set_mode(folder, 0o700)?;
         }
+        fs::create_dir(state.other_users())?;
+        set_mode(&state.other_users(), 0o1777)?;
         set_mode(&state.root, 0o755)?;
         if let Some(sccache) = sccache {
             state.set_sccache(sccache)?;
@@ -232,6 +236,51 @@ impl StateDir {
             .append(true)
             .open(self.uncached())
             .and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+
+    fn other_users(&self) -> PathBuf {
+        self.root.join("other-users")
+    }
+
+    /// Whether this process runs as another user than the set-up did. That user's files are not the
+    /// server's to read and write, nor the server's that user's.
+    #[cfg(unix)]
+    pub fn is_of_another_user(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let own = rustix::process::geteuid().as_raw();
+        fs::metadata(&self.root).is_ok_and(|metadata| metadata.uid() != own)
+    }
+
+    /// On other systems there is no such user.
+    #[cfg(not(unix))]
+    pub fn is_of_another_user(&self) -> bool {
+        false
+    }
+
+    /// Notes that a compile ran without sccache because its step is another user's.
+    #[cfg(unix)]
+    pub fn note_compile_of_another_user(&self) {
+        let name = rustix::process::geteuid().as_raw().to_string();
+        let _ = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.other_users().join(name))
+            .and_then(|mut file| file.write_all(b"\n"));
+    }
+
+    /// On other systems there is no such user.
+    #[cfg(not(unix))]
+    pub fn note_compile_of_another_user(&self) {}
+
+    /// How many compiles ran without sccache because their steps are another user's.
+    pub fn compiles_of_other_users(&self) -> u64 {
+        let Ok(entries) = fs::read_dir(self.other_users()) else {
+            return 0;
+        };
+        let lengths = entries.flatten().filter_map(|entry| entry.metadata().ok());
+        // Nothing is read of what others wrote.
+        let files = lengths.filter(|metadata| metadata.is_file());
+        files.fold(0, |sum, metadata| sum.saturating_add(metadata.len()))
     }
 
     /// How many compiles ran without sccache.

@@ -17,6 +17,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
+use crate::sccache::rights;
 use crate::sccache::state::StateDir;
 
 /// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
@@ -53,6 +54,9 @@ fn call_of(real: &Path, arguments: &[OsString]) -> Command {
     command
 }
 
+/// The argument with which a wrapper only shows that it runs.
+const TRIAL: &str = "--sccache-action-trial";
+
 /// Whether a program called `argv0` is to act as the wrapper.
 pub fn is_wrapper(argv0: &OsStr) -> bool {
     Path::new(argv0).file_stem() == Some(OsStr::new("sccache"))
@@ -63,6 +67,9 @@ pub fn is_wrapper(argv0: &OsStr) -> bool {
 ///
 /// Returns only where the platform cannot replace the process.
 pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
+    if arguments == [TRIAL] {
+        return ExitCode::SUCCESS;
+    }
     let Some(state) = StateDir::of_wrapper(program) else {
         return own_failure("it is not where its set-up put it");
     };
@@ -80,6 +87,10 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
     let Some(real) = real else {
         return replace(compiler, compiler_arguments);
     };
+    if state.is_of_another_user() {
+        state.note_compile_of_another_user();
+        return replace(compiler, compiler_arguments);
+    }
     if is_kept_by_cargo(&state, compiler_arguments) {
         return replace(compiler, compiler_arguments);
     }
@@ -88,7 +99,10 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
         return replace(compiler, compiler_arguments);
     }
     match sccache(&real, arguments) {
-        Outcome::Done(code) => code,
+        Outcome::Done(code) => {
+            rights::give_modes(compiler_arguments);
+            code
+        }
         Outcome::SccacheFailed(why) => {
             state.note_uncached(&why);
             replace(compiler, compiler_arguments)
@@ -251,7 +265,7 @@ fn own_failure(why: &str) -> ExitCode {
 /// the same under its own name, so that later steps can call `sccache-action stats`.
 ///
 /// # Errors
-/// Where the file can neither be linked nor copied there.
+/// Where the file can neither be linked nor copied there, or not be run there.
 pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
     let wrapper = state.wrapper();
     if let Some(folder) = wrapper.parent() {
@@ -266,7 +280,17 @@ pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
     let command = format!("sccache-action{}", std::env::consts::EXE_SUFFIX);
     // Builds do without it.
     let _ = fs::hard_link(&wrapper, wrapper.with_file_name(command));
-    Ok(wrapper)
+    // A file system may be mounted such that nothing on it is run. This call does nothing.
+    let tried = Command::new(&wrapper)
+        .arg(TRIAL)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()?;
+    match tried.success() {
+        true => Ok(wrapper),
+        false => Err(io::Error::other(format!("it does not run there ({tried})"))),
+    }
 }
 
 #[cfg(test)]

@@ -239,16 +239,203 @@ fn a_main_step_that_is_killed_leaves_no_relay_and_no_server_of_the_relays() {
     }
 }
 
+/// The modes of these files in the workspace.
+fn modes(job: &Job, files: &[&str]) -> Vec<String> {
+    let mode = |file: &&str| {
+        let path = job.path("workspace").join(file);
+        format!(
+            "{file} {:o}",
+            fs::metadata(path).unwrap().permissions().mode() & 0o7777
+        )
+    };
+    files.iter().map(mode).collect()
+}
+
 #[test]
-fn an_object_has_the_mode_that_the_compiler_gives_it() {
+fn an_object_has_the_mode_that_the_steps_umask_gives_it() {
     let upstream = Upstream::start(Options::default());
     let job = job(&upstream);
     job.setup().green();
-    for state in ["cold", "hit"] {
-        job.shell("umask 022; sccache gcc -c 1.c -o 1.o").green();
-        let mode = fs::metadata(job.path("workspace/1.o"))
+    fs::write(job.path("workspace/k.rs"), "pub fn k() -> u32 { 1 }\n").unwrap();
+    let build = |compiler: &str| {
+        format!(
+            "rm -f 1.o 1.d libk-1.rlib k-1.d
+             {compiler} gcc -MD -MF 1.d -c 1.c -o 1.o
+             {compiler} rustc --crate-name k --crate-type lib --emit=dep-info,metadata,link \
+                 -C extra-filename=-1 --out-dir . k.rs"
+        )
+    };
+    let files = ["1.o", "1.d", "libk-1.rlib", "libk-1.rmeta", "k-1.d"];
+    for umask in ["022", "002", "077", "027"] {
+        job.shell(&format!("umask {umask}\n{}", build(""))).green();
+        let bare = modes(&job, &files);
+        for state in ["first", "again"] {
+            job.shell(&format!("umask {umask}\n{}", build("sccache")))
+                .green();
+            assert_eq!(modes(&job, &files), bare, "{umask} {state}");
+        }
+    }
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output().unwrap();
+    id.stdout.trim_ascii() == b"0"
+}
+
+/// This command as a user without rights.
+fn as_another<'a>(command: &[&'a str]) -> Vec<&'a str> {
+    let user = [
+        "setpriv",
+        "--reuid=12345",
+        "--regid=12345",
+        "--clear-groups",
+    ];
+    [&user[..], command].concat()
+}
+
+#[track_caller]
+fn open_to_all(folder: &Path) {
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[track_caller]
+fn give_to_another(folder: &Path) {
+    let status = Command::new("chown")
+        .args(["-R", "12345"])
+        .arg(folder)
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn a_step_that_drops_root_compiles_as_the_user_that_it_is() {
+    if !is_root() {
+        eprintln!("only root can be another user; nothing was tested");
+        return;
+    }
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    open_to_all(&job.path(""));
+    job.setup().green();
+    let folder = job.path("workspace");
+    give_to_another(&folder);
+    let lines = format!("{BUILD}; cc -shared -o all.so 1.o 2.o");
+    job.step(&as_another(&["sh", "-e", "-c", &lines])).green();
+    for i in 1..=FILES {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = fs::metadata(folder.join(format!("{i}.o"))).unwrap();
+        assert_eq!((metadata.uid(), metadata.mode() & 0o777), (12345, 0o644));
+    }
+    assert_report_of_another_user(&job);
+}
+
+#[test]
+fn a_step_that_becomes_root_compiles_as_root() {
+    if !is_root() {
+        eprintln!("only root can be another user; nothing was tested");
+        return;
+    }
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    open_to_all(&job.path(""));
+    give_to_another(&job.path(""));
+    job.action_step(false, &as_another(&[binary(), "setup"]))
+        .green();
+    let workspace = job.path("workspace");
+    let status = Command::new("chown")
+        .args(["-R", "0"])
+        .arg(&workspace)
+        .status();
+    assert!(status.unwrap().success());
+    job.shell(BUILD).green();
+    assert_eq!(objects(&job), FILES);
+    let report = job
+        .action_step(true, &as_another(&[binary(), "report"]))
+        .green();
+    assert_says_another_user(&job, &report.stdout);
+}
+
+#[track_caller]
+fn assert_report_of_another_user(job: &Job) {
+    let report = job.report().green();
+    assert!(report.warnings().is_empty(), "{:?}", report.warnings());
+    assert_says_another_user(job, &report.stdout);
+}
+
+#[track_caller]
+fn assert_says_another_user(job: &Job, log: &str) {
+    let said =
+        "6 compiles ran without sccache, since the step runs as another user than the action.";
+    let summary = job.file("GITHUB_STEP_SUMMARY");
+    assert!(
+        log.contains(said) && summary.contains(said),
+        "{log}\n{summary}"
+    );
+}
+
+/// A job whose `RUNNER_TEMP` is a file system of its own, mounted with these options: set-up, build
+/// twice, report. Returns the log and what is left in `RUNNER_TEMP`.
+fn on_a_file_system(options: &str) -> Option<(Job, String)> {
+    let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
+    if !may_mount.is_ok_and(|status| status.success()) {
+        eprintln!("this user may not mount anything; nothing was tested");
+        return None;
+    }
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    let temporary = job.get("RUNNER_TEMP").to_owned();
+    let script = format!(
+        "mount -t tmpfs -o {options} tmpfs {temporary}\n\
+         {binary} setup\n\
+         (export SCCACHE_SERVER_PORT=$(sed -n '/^SCCACHE_SERVER_PORT<</{{n;p}}' $GITHUB_ENV)\n\
+         export PATH=$(cat $GITHUB_PATH):$PATH\n\
+         {BUILD}; rm *.o; {BUILD})\n\
+         du -sk {temporary}",
+        binary = binary(),
+    );
+    let command = ["unshare", "--mount", "sh", "-e", "-c", &script];
+    let step = job.action_step(false, &command).green();
+    assert_eq!(objects(&job), FILES, "{}{}", step.stdout, step.stderr);
+    let relay = job.relay_pid().unwrap().to_string();
+    let report = ["nsenter", "--mount", "--target", &relay, binary(), "report"];
+    let report = job.action_step(true, &report).green();
+    assert!(
+        step.warnings().is_empty() && report.warnings().is_empty(),
+        "{}",
+        report.stdout
+    );
+    assert!(
+        report.stdout.contains("6 hits, 6 misses"),
+        "{}",
+        report.stdout
+    );
+    Some((job, step.stdout))
+}
+
+#[test]
+fn a_folder_for_temporary_files_on_which_nothing_can_be_run_costs_nothing() {
+    if let Some((job, _)) = on_a_file_system("noexec") {
+        let tools = fs::read_dir(job.path("tools")).unwrap().flatten();
+        let left = tools.filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("sccache-action")
+        });
+        assert_eq!(left.count(), 0, "the state folder is still there");
+    }
+}
+
+#[test]
+fn a_folder_for_temporary_files_that_is_nearly_full_is_not_filled_with_half_a_wrapper() {
+    if let Some((_, log)) = on_a_file_system("size=2M") {
+        let used = log
+            .lines()
+            .last()
             .unwrap()
-            .permissions();
-        assert_eq!(mode.mode() & 0o7777, 0o644, "{state}");
+            .split_whitespace()
+            .next()
+            .unwrap();
+        assert!(used.parse::<u64>().unwrap() < 64, "{used} kB are used");
     }
 }
