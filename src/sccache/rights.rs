@@ -70,30 +70,77 @@ fn outputs_of_rustc(arguments: &[OsString], folder: &Path, name: &Path) -> Vec<P
     .collect()
 }
 
-/// Gives what a compile with these arguments wrote the modes that this process's umask asks for.
-/// Where that cannot be done they keep those that the server gave them.
-#[cfg(unix)]
-pub fn give_modes(arguments: &[OsString]) {
-    use rustix::fs::Mode;
-    use rustix::process::umask;
+/// What stands where a compile is going to write, before it does.
+#[derive(Debug)]
+pub struct Before {
+    #[cfg(unix)]
+    outputs: Vec<(PathBuf, Option<std::fs::Metadata>)>,
+}
 
-    // There is no other way to ask for it.
-    let mask = umask(Mode::from_raw_mode(0o022));
-    umask(mask);
-    let mut newest = None;
-    for output in outputs(arguments) {
-        give_mode(&output, mask.as_raw_mode().into(), &mut newest);
+#[cfg(unix)]
+impl Before {
+    /// What stands there now.
+    pub fn of(arguments: &[OsString]) -> Self {
+        let outputs = outputs(arguments).into_iter().map(|path| {
+            let metadata = std::fs::symlink_metadata(&path).ok();
+            (path, metadata)
+        });
+        Self {
+            outputs: outputs.collect(),
+        }
+    }
+
+    /// Whether the compiler must do it by itself: sccache puts a new file in place of what it finds,
+    /// where the compiler writes into a device, through a link, or fails for want of a right.
+    pub fn is_for_the_compiler(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let first = self.outputs.first().and_then(|(_, found)| found.as_ref());
+        first.is_some_and(|found| !found.is_file() || found.mode() & 0o200 == 0)
+    }
+
+    /// Gives what the compile wrote the modes that the compiler gives: those of the files that it wrote
+    /// over, and others as this process's umask says. Where that cannot be done they keep those that
+    /// the server gave them.
+    pub fn give_modes(self) {
+        use rustix::fs::Mode;
+        use rustix::process::umask;
+
+        // There is no other way to ask for it.
+        let mask = umask(Mode::from_raw_mode(0o022));
+        umask(mask);
+        let mut newest = None;
+        for (path, before) in self.outputs {
+            give_mode(
+                &path,
+                before.as_ref(),
+                mask.as_raw_mode().into(),
+                &mut newest,
+            );
+        }
     }
 }
 
 /// On other systems a file has no such mode.
 #[cfg(not(unix))]
-pub fn give_modes(_arguments: &[OsString]) {}
+impl Before {
+    /// What stands there now.
+    pub fn of(_arguments: &[OsString]) -> Self {
+        Self {}
+    }
+
+    /// Whether the compiler must do it by itself.
+    pub fn is_for_the_compiler(&self) -> bool {
+        false
+    }
+
+    /// Gives what the compile wrote the modes that the compiler gives.
+    pub fn give_modes(self) {}
+}
 
 /// `newest` is when the first of the outputs that are there was written: what is older than that by more
 /// than a moment is another compile's.
 #[cfg(unix)]
-fn give_mode(path: &Path, mask: u32, newest: &mut Option<i64>) {
+fn give_mode(path: &Path, before: Option<&std::fs::Metadata>, mask: u32, newest: &mut Option<i64>) {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     const MOMENT: i64 = 5;
@@ -104,8 +151,11 @@ fn give_mode(path: &Path, mask: u32, newest: &mut Option<i64>) {
     if !metadata.is_file() || metadata.mtime() < first - MOMENT {
         return;
     }
-    let mode = mode_of_new_file(metadata.mode(), mask);
-    if metadata.mode() & 0o777 != mode {
+    let mode = match before {
+        Some(before) if before.is_file() => before.mode() & 0o7777,
+        _ => mode_of_new_file(metadata.mode(), mask),
+    };
+    if metadata.mode() & 0o7777 != mode {
         let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
     }
 }

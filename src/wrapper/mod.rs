@@ -17,7 +17,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
-use crate::sccache::rights;
+use crate::sccache::rights::Before;
 use crate::sccache::state::StateDir;
 
 /// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
@@ -98,9 +98,13 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
         state.note_uncached("sccache had failed before");
         return replace(compiler, compiler_arguments);
     }
+    let before = Before::of(compiler_arguments);
+    if before.is_for_the_compiler() {
+        return replace(compiler, compiler_arguments);
+    }
     match sccache(&real, arguments) {
         Outcome::Done(code) => {
-            rights::give_modes(compiler_arguments);
+            before.give_modes();
             code
         }
         Outcome::SccacheFailed(why) => {

@@ -439,3 +439,442 @@ fn a_folder_for_temporary_files_that_is_nearly_full_is_not_filled_with_half_a_wr
         assert!(used.parse::<u64>().unwrap() < 64, "{used} kB are used");
     }
 }
+
+/// A compile of the table: what the shell runs in a folder of its own, `$W` being nothing or `sccache`.
+struct Row {
+    name: String,
+    lines: String,
+}
+
+/// What C compilers are called with, `CC` being the compiler.
+const OF_C: &[(&str, &str)] = &[
+    ("plain", "$W CC -c a.c -o a.o"),
+    ("without -o", "$W CC -c a.c"),
+    ("into a folder", "mkdir o; $W CC -c a.c -o o/a.o"),
+    ("into a folder that is missing", "$W CC -c a.c -o o/a.o"),
+    (
+        "optimised with debug information",
+        "$W CC -O2 -g -c a.c -o a.o",
+    ),
+    ("a warning", "$W CC -Wall -c warn.c -o w.o"),
+    (
+        "a warning again",
+        "$W CC -Wall -c warn.c -o w.o; $W CC -Wall -c warn.c -o w.o",
+    ),
+    ("-Werror", "$W CC -Wall -Werror -c warn.c -o w.o"),
+    ("an error", "$W CC -c err.c -o e.o"),
+    ("a header that is missing", "$W CC -c missing.c -o m.o"),
+    ("a source that is missing", "$W CC -c none.c -o n.o"),
+    ("an option that is unknown", "$W CC -fno-such -c a.c -o a.o"),
+    (
+        "colours",
+        "$W CC -fdiagnostics-color=always -Wall -c warn.c -o w.o",
+    ),
+    (
+        "no colours",
+        "$W CC -fdiagnostics-color=never -Wall -c warn.c -o w.o",
+    ),
+    ("-w", "$W CC -w -Wall -c warn.c -o w.o"),
+    ("a depfile", "$W CC -MD -MF x.d -c a.c -o a.o"),
+    (
+        "a depfile with its own target",
+        "$W CC -MMD -MP -MT t -MF x.d -c a.c -o a.o",
+    ),
+    (
+        "a depfile with a quoted target",
+        "$W CC -MD -MQ 't$' -MF x.d -c a.c -o a.o",
+    ),
+    (
+        "a depfile of the preprocessor's",
+        "$W CC -Wp,-MMD,x.d -c a.c -o a.o",
+    ),
+    (
+        "a depfile in another folder",
+        "mkdir d; $W CC -MMD -MF d/x.d -c a.c -o a.o",
+    ),
+    ("a depfile without a name", "$W CC -MD -c a.c -o a.o"),
+    (
+        "a depfile without a name, user headers",
+        "$W CC -MMD -MP -c a.c -o a.o",
+    ),
+    ("dependencies only", "$W CC -MM a.c"),
+    ("preprocessed to standard output", "$W CC -E a.c"),
+    ("preprocessed to a file", "$W CC -E a.c -o a.i"),
+    ("assembler source", "$W CC -S a.c -o a.s"),
+    ("coverage", "$W CC --coverage -frandom-seed=1 -c a.c -o a.o"),
+    (
+        "split debug information",
+        "$W CC -g -gsplit-dwarf -c a.c -o a.o",
+    ),
+    (
+        "link-time optimisation",
+        "$W CC -flto -frandom-seed=1 -c a.c -o a.o",
+    ),
+    (
+        "sections",
+        "$W CC -ffunction-sections -fdata-sections -fPIC -c a.c -o a.o",
+    ),
+    ("-save-temps", "$W CC -save-temps -c a.c -o a.o"),
+    ("standard input", "$W CC -x c -c - -o a.o < a.c"),
+    (
+        "standard input with an error",
+        "$W CC -x c -c - -o a.o < err.c",
+    ),
+    (
+        "a response file",
+        "echo '-DZ=2 -c a.c -o a.o' > args; $W CC @args",
+    ),
+    (
+        "a response file beside other arguments",
+        "echo '-DZ=2' > args; $W CC @args -c a.c -o a.o",
+    ),
+    ("a space in the path", "$W CC -c 'sp ace.c' -o 'sp ace.o'"),
+    ("Unicode in the path", "$W CC -c 'é λ.c' -o 'é λ.o'"),
+    ("a define with quotes", "$W CC '-DS=\"a b\"' -c a.c -o a.o"),
+    (
+        "a folder of headers",
+        "mkdir i; mv h.h i; $W CC -Ii -c a.c -o a.o",
+    ),
+    (
+        "a header that is forced",
+        "$W CC -include h.h -c warn.c -o w.o",
+    ),
+    (
+        "a language that is named",
+        "mv a.c a.odd; $W CC -x c -c a.odd -o a.o",
+    ),
+    ("two sources", "$W CC -c a.c warn.c"),
+    ("a program", "$W CC main.c -o program"),
+    (
+        "a program that cannot be linked",
+        "$W CC a.c -o program 2>/dev/null",
+    ),
+    ("a shared library", "$W CC -shared -fPIC a.c -o a.so"),
+    ("--version", "$W CC --version"),
+    ("-dumpmachine", "$W CC -dumpmachine"),
+    ("-print-search-dirs", "$W CC -print-search-dirs"),
+    ("assembler with the preprocessor", "$W CC -c b.S -o b.o"),
+    ("assembler", "$W CC -c c.s -o c.o"),
+    ("assembler with coverage", "$W CC --coverage -c b.S -o b.o"),
+    (
+        "a name with a newline in a message",
+        "$W CC -c warn2.c -Wall -o w.o",
+    ),
+    (
+        "an output that may only be read",
+        "touch a.o; chmod 444 a.o; $W CC -c a.c -o a.o",
+    ),
+    (
+        "a device as output",
+        "mknod null c 1 3; $W CC -c a.c -o null",
+    ),
+    (
+        "a big environment",
+        "V=$(head -c 100000 /dev/zero | tr '\\0' v); export V; $W CC -c a.c -o a.o",
+    ),
+    (
+        "no environment",
+        "env -i PATH=\"$PATH\" $W CC -c a.c -o a.o",
+    ),
+    (
+        "umask 002",
+        "umask 002; $W CC -g -gsplit-dwarf -MD -MF a.d -c a.c -o a.o",
+    ),
+    ("umask 077", "umask 077; $W CC -MD -MF a.d -c a.c -o a.o"),
+    ("no standard error", "$W CC -Wall -c warn.c -o w.o 2>&-"),
+    ("no standard input", "$W CC -c a.c -o a.o <&-"),
+];
+
+/// What C++ compilers are called with, `CC` being the compiler.
+const OF_CPP: &[(&str, &str)] = &[
+    ("plain", "$W CC -c a.cpp -o a.o"),
+    (
+        "C++20 with warnings",
+        "$W CC -std=c++20 -Wall -Wextra -c a.cpp -o a.o",
+    ),
+    ("an error in a template", "$W CC -c err.cpp -o e.o"),
+    (
+        "no exceptions",
+        "$W CC -fno-exceptions -fno-rtti -O1 -c a.cpp -o a.o",
+    ),
+    ("a depfile", "$W CC -MD -MF x.d -c a.cpp -o a.o"),
+    (
+        "a precompiled header",
+        "$W CC -x c++-header p.hpp -o p.hpp.pch",
+    ),
+    ("C source", "$W CC -x c -c a.c -o a.o"),
+];
+
+/// What rustc is called with.
+const OF_RUST: &[(&str, &str)] = &[
+    (
+        "a library as cargo has it",
+        "$W rustc --crate-name k --edition=2021 k.rs --error-format=json \
+         --json=diagnostic-rendered-ansi,artifacts,future-incompat --crate-type lib \
+         --emit=dep-info,metadata,link -C metadata=1 -C extra-filename=-1 --out-dir . 2>&1 | \
+         sed 's/\\x1b\\[[0-9;]*m//g'",
+    ),
+    (
+        "metadata only",
+        "$W rustc --crate-name k k.rs --crate-type lib --emit=dep-info,metadata -C extra-filename=-1 \
+         --out-dir .",
+    ),
+    (
+        "a warning",
+        "$W rustc --crate-name w w.rs --crate-type lib --emit=dep-info,metadata,link --out-dir .",
+    ),
+    (
+        "a warning that is an error",
+        "$W rustc -D warnings --crate-name w w.rs --crate-type lib --emit=dep-info,metadata,link \
+         --out-dir .",
+    ),
+    (
+        "an error",
+        "$W rustc --crate-name e e.rs --crate-type lib --emit=dep-info,metadata,link --out-dir .",
+    ),
+    (
+        "a static library",
+        "$W rustc --crate-name k k.rs --crate-type staticlib --emit=dep-info,link --out-dir .",
+    ),
+    ("a program", "$W rustc m.rs -o m"),
+    ("-vV", "$W rustc -vV"),
+    (
+        "umask 077",
+        "umask 077; $W rustc --crate-name k k.rs --crate-type lib --emit=dep-info,metadata,link \
+         -C extra-filename=-2 --out-dir .",
+    ),
+    (
+        "an environment variable",
+        "V=1 $W rustc --crate-name v v.rs --crate-type lib --emit=dep-info,metadata,link --out-dir .",
+    ),
+];
+
+/// What is not a compile, and that passes through.
+const OF_OTHERS: &[(&str, &str)] = &[
+    ("as", "$W as c.s -o c.o"),
+    ("as --version", "$W as --version"),
+    ("ld -v", "$W ld -v"),
+    ("nm", "gcc -c a.c -o a.o; $W nm a.o"),
+    ("ar", "gcc -c a.c -o a.o; $W ar rcsD a.a a.o"),
+    ("objcopy", "gcc -c a.c -o a.o; $W objcopy a.o b.o"),
+    (
+        "a compiler that is missing",
+        "$W no-such-cc -c a.c -o a.o 2>/dev/null",
+    ),
+];
+
+/// What cannot be the same, and why: the row's name, a file or `stdout`, `stderr`, `status`.
+const UNLIKE: &[(&str, &str, &str)] = &[
+    ("gcc: no standard error", "status", NO_STDERR),
+    ("gcc: no standard error", "w.o", NO_STDERR),
+    ("g++: a precompiled header", "p.hpp.pch", GCH),
+    ("clang++: a precompiled header", "p.hpp.pch", PCH),
+    ("clang: umask 002", "a.o", CLANGS_FOLDER),
+    ("gcc: a depfile with its own target", "x.d", FIRST_DEPFILE),
+    ("clang: a depfile with its own target", "x.d", FIRST_DEPFILE),
+    ("gcc: a depfile with a quoted target", "x.d", FIRST_DEPFILE),
+    (
+        "clang: a depfile with a quoted target",
+        "x.d",
+        FIRST_DEPFILE,
+    ),
+    ("gcc: a depfile in another folder", "d/x.d", FIRST_DEPFILE),
+    ("clang: a depfile in another folder", "d/x.d", FIRST_DEPFILE),
+    ("gcc: a depfile without a name", "a.d", NO_DEPFILE),
+    ("clang: a depfile without a name", "a.d", NO_DEPFILE),
+    (
+        "gcc: a depfile without a name, user headers",
+        "a.d",
+        NO_DEPFILE,
+    ),
+    (
+        "clang: a depfile without a name, user headers",
+        "a.d",
+        NO_DEPFILE,
+    ),
+    ("rustc: an error", "e.d", AFTER_AN_ERROR),
+];
+
+const NO_STDERR: &str = "gcc fails where it cannot write a warning; in sccache's server it can";
+const GCH: &str = "gcc writes other bytes each time, with and without sccache";
+const PCH: &str = "clang writes the time of the header, which is made anew, into it";
+const CLANGS_FOLDER: &str = "sccache's key for clang does not have the working folder in it, and the \
+                             same source was compiled in another row's";
+const FIRST_DEPFILE: &str =
+    "sccache keeps the first depfile of a source, whatever its target and options";
+const NO_DEPFILE: &str = "sccache writes no depfile on a hit where the call does not name one";
+const AFTER_AN_ERROR: &str =
+    "rustc writes it before the error, sccache hands on no file of a failed compile";
+
+fn rows() -> Vec<Row> {
+    let row = |compiler: &str, (name, lines): &(&str, &str)| Row {
+        name: format!("{compiler}: {name}"),
+        lines: lines.replace("CC", compiler),
+    };
+    let mut rows = Vec::new();
+    for (compilers, table) in [
+        (&["gcc", "clang"][..], OF_C),
+        (&["g++", "clang++"], OF_CPP),
+        (&["rustc"], OF_RUST),
+        (&["others"], OF_OTHERS),
+    ] {
+        for compiler in compilers {
+            rows.extend(table.iter().map(|entry| row(compiler, entry)));
+        }
+    }
+    let may_make_devices = is_root();
+    rows.retain(|row| may_make_devices || !row.lines.contains("mknod"));
+    rows
+}
+
+fn write_table_sources(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    for (file, text) in [
+        ("h.h", "#define H 7\n"),
+        (
+            "a.c",
+            "#include \"h.h\"\n#include <stddef.h>\nsize_t a(int x) { return x > 1 ? sizeof(int) : H; }\n",
+        ),
+        ("warn.c", "int w(void) { int unused; return 1; }\n"),
+        (
+            "warn2.c",
+            "#warning \"a \\n b é\"\nint w(void) { return 1; }\n",
+        ),
+        ("err.c", "int e(void) { return nothing; }\n"),
+        ("missing.c", "#include <nothere.h>\n"),
+        ("main.c", "int main(void) { return 0; }\n"),
+        ("sp ace.c", "int s(void) { return 1; }\n"),
+        ("é λ.c", "int u(void) { return 1; }\n"),
+        ("b.S", "#define N 1\n.text\n.globl b\nb: nop\n"),
+        ("c.s", ".text\n.globl c\nc: nop\n"),
+        (
+            "a.cpp",
+            "template <class T> T twice(T x) { return x + x; }\nint a(int y) { return twice(y); }\n",
+        ),
+        (
+            "err.cpp",
+            "template <class T> T f(T x) { return x.y; }\nint a() { return f(1); }\n",
+        ),
+        ("p.hpp", "#pragma once\ninline int p() { return 1; }\n"),
+        ("k.rs", "pub fn k() -> u32 { 1 }\n"),
+        ("w.rs", "pub fn w() { let unused = 1; }\n"),
+        ("e.rs", "pub fn e() -> u32 { nothing }\n"),
+        ("m.rs", "fn main() {}\n"),
+        ("v.rs", "pub const V: &str = env!(\"V\");\n"),
+    ] {
+        fs::write(folder.join(file), text).unwrap();
+    }
+}
+
+/// What a row gave: its parts by name, each in words that can be compared.
+type Gave = std::collections::BTreeMap<String, Vec<u8>>;
+
+/// Runs a row in a new folder, which has the same path each time.
+fn give(job: &Job, index: usize, row: &Row, wrapper: &str) -> Gave {
+    let folder = job.path("workspace").join(format!("row-{index}"));
+    let _ = fs::remove_dir_all(&folder);
+    write_table_sources(&folder);
+    let sources: Vec<_> = fs::read_dir(&folder)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    let lines = format!("cd row-{index}\nW={wrapper}\n{}", row.lines);
+    let step = job.step(&["sh", "-c", &lines]);
+    let mut gave = Gave::from([
+        (
+            "status".to_owned(),
+            format!("{:?}", step.status).into_bytes(),
+        ),
+        ("stdout".to_owned(), step.stdout.into_bytes()),
+        ("stderr".to_owned(), step.stderr.into_bytes()),
+    ]);
+    for file in crate::support::runner::all_files(&folder) {
+        let mode = fs::metadata(&file).unwrap().permissions().mode();
+        let mut content = format!("{mode:o} ").into_bytes();
+        content.extend(fs::read(&file).unwrap());
+        if !sources.contains(&file) {
+            let name = file.strip_prefix(&folder).unwrap().display().to_string();
+            gave.insert(name, content);
+        }
+    }
+    gave
+}
+
+#[track_caller]
+fn differences(name: &str, state: &str, bare: &Gave, wrapped: &Gave) -> Vec<String> {
+    let parts = bare.keys().chain(wrapped.keys());
+    let parts: std::collections::BTreeSet<&String> = parts.collect();
+    let is_excused = |part: &str| {
+        UNLIKE
+            .iter()
+            .any(|(row, of, _)| *row == name && *of == part)
+    };
+    let differ = parts
+        .into_iter()
+        .filter(|part| bare.get(*part) != wrapped.get(*part));
+    let shown = |gave: Option<&Vec<u8>>| match gave {
+        None => "nothing".to_owned(),
+        Some(text) => format!(
+            "{} bytes: {:.300}",
+            text.len(),
+            String::from_utf8_lossy(text)
+        ),
+    };
+    differ
+        .filter(|part| !is_excused(part))
+        .map(|part| {
+            let (bare, wrapped) = (shown(bare.get(part)), shown(wrapped.get(part)));
+            format!("{name} ({state}), {part}:\n  bare    {bare}\n  wrapped {wrapped}")
+        })
+        .collect()
+}
+
+#[test]
+fn each_compile_of_the_table_is_the_bare_compile_cold_and_as_a_hit() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    job.setup().green();
+    let rows = rows();
+    assert!(rows.len() >= 60);
+    let wrapper = job.later_environment().path("SCCACHE_PATH").unwrap();
+    let notes = wrapper.parent().unwrap().with_file_name("uncached");
+    let all: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
+    let check = |part: &[(usize, &Row)]| {
+        let mut wrong = Vec::new();
+        for (index, row) in part {
+            let bare = give(&job, *index, row, "");
+            for state in ["cold", "hit"] {
+                let wrapped = give(&job, *index, row, "sccache");
+                wrong.extend(differences(&row.name, state, &bare, &wrapped));
+                // What one row made of sccache is not to keep the next from asking it.
+                let _ = fs::remove_file(&notes);
+            }
+        }
+        wrong
+    };
+    let (first, second) = all.split_at(all.len() / 2);
+    let wrong = std::thread::scope(|scope| {
+        let other = scope.spawn(|| check(second));
+        let mut wrong = check(first);
+        wrong.extend(other.join().unwrap());
+        wrong
+    });
+    let report = job.report().green();
+    let hits = report
+        .stdout
+        .split(" hits")
+        .next()
+        .unwrap()
+        .rsplit('(')
+        .next();
+    let hits: u64 = hits.unwrap().parse().unwrap();
+    assert!(hits >= 100, "hardly anything was a hit: {}", report.stdout);
+    assert!(
+        wrong.is_empty(),
+        "{} differ\n{}\n{}",
+        wrong.len(),
+        wrong.join("\n"),
+        report.stdout
+    );
+}
