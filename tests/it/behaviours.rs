@@ -43,8 +43,9 @@ fn write_tokens(file: &Path) -> HashMap<Who, String> {
     tokens.into_iter().collect()
 }
 
-/// Services on `database` and a bucket, each a process, and what to do to each of them.
-async fn replicas_have_all_behaviours(count: usize, database: Option<&str>) {
+/// Services on `database` and a bucket, each a process, which have all behaviours, or where they are not
+/// tried by `real_clients`, those that need none.
+async fn replicas_have_behaviours(count: usize, database: Option<&str>, real_clients: bool) {
     let bucket = S3::start(&tools::s3());
     let folders: Vec<tempfile::TempDir> =
         (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
@@ -70,7 +71,11 @@ async fn replicas_have_all_behaviours(count: usize, database: Option<&str>) {
         .map(|folder| Served::with_environment(folder.path(), &arguments, &environment))
         .collect();
     let urls = services.iter().map(|service| service.url.clone());
-    conformance::run_all(&Target::new(urls.collect(), tokens)).await;
+    let target = Target::new(urls.collect(), tokens);
+    match real_clients {
+        true => conformance::run_all(&target).await,
+        false => conformance::run_raw(&target).await,
+    }
     for service in services {
         let log = service.log();
         assert!(!log.contains("ERROR"), "{log}");
@@ -79,14 +84,15 @@ async fn replicas_have_all_behaviours(count: usize, database: Option<&str>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_with_its_blobs_in_a_bucket_has_all_its_behaviours() {
-    replicas_have_all_behaviours(1, None).await;
+    // Real clients try a bucket below, and SQLite above.
+    replicas_have_behaviours(1, None, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_services_on_one_database_and_one_bucket_have_all_behaviours_of_one() {
     let postgres = Postgres::shared();
     let database = postgres.new_database().await;
-    replicas_have_all_behaviours(2, Some(&database)).await;
+    replicas_have_behaviours(2, Some(&database), true).await;
 }
 
 #[test]
