@@ -16,7 +16,7 @@ use crate::action::state::{Setup, State};
 use crate::action::summary::{self, Report};
 use crate::action::workflow_command::Log;
 use crate::relay::activity::Activity;
-use crate::sccache::server::Server;
+use crate::sccache::server::{Server, ServerError};
 use crate::sccache::stats::Stats;
 use crate::service::auth;
 use crate::store::index::Ran;
@@ -123,6 +123,8 @@ impl Wishes {
 
 /// How the server ended.
 struct Ending {
+    /// Whether it was there and did not answer.
+    hangs: bool,
     stats: Result<Stats, String>,
     raw_stats: String,
     server_log: String,
@@ -144,24 +146,29 @@ impl Ending {
 
 async fn end(state: &State, log: &Log) -> Ending {
     let sccache = state.state_dir.sccache();
+    let mut hangs = false;
     let (stats, raw_stats) = match sccache {
         None => (Err("sccache is no longer there".to_owned()), String::new()),
         Some(sccache) => {
             let server = Server::new(sccache, state.port);
             let last = last_statistics(&server, log).await;
-            // Only where one listens: sccache's client would start a server to stop it.
-            if server.is_listening().await
+            hangs = last.as_ref().is_err_and(|silence| silence.hangs);
+            // Only where one listens: sccache's client would start a server to stop it. One that hangs
+            // would not hear, and goes with the relay.
+            if !(hangs && state.relay.is_some())
+                && server.is_listening().await
                 && let Err(error) = server.stop().await
             {
                 log.info(format!("The sccache server did not stop: {error}"));
             }
             match last {
                 Ok((stats, raw)) => (Ok(stats), raw),
-                Err(why) => (Err(why), String::new()),
+                Err(silence) => (Err(silence.why), String::new()),
             }
         }
     };
     Ending {
+        hangs,
         stats,
         raw_stats,
         relay: None,
@@ -211,19 +218,32 @@ async fn end_relay(
     })
 }
 
-async fn statistics(server: &Server) -> Result<(Stats, String), String> {
-    let raw = server
-        .statistics()
-        .await
-        .map_err(|error| error.to_string())?;
-    let stats = Stats::parse(&raw).map_err(|error| error.to_string())?;
+/// Why there are no statistics.
+struct Silence {
+    why: String,
+    /// Whether the server is there and does not answer.
+    hangs: bool,
+}
+
+async fn statistics(server: &Server) -> Result<(Stats, String), Silence> {
+    let raw = server.statistics().await.map_err(|error| Silence {
+        hangs: matches!(error, ServerError::TimedOut { .. }),
+        why: error.to_string(),
+    })?;
+    let stats = Stats::parse(&raw).map_err(|error| Silence {
+        hangs: false,
+        why: error.to_string(),
+    })?;
     Ok((stats, raw))
 }
 
 /// The statistics once the server has written what it had to write.
-async fn last_statistics(server: &Server, log: &Log) -> Result<(Stats, String), String> {
+async fn last_statistics(server: &Server, log: &Log) -> Result<(Stats, String), Silence> {
     if !server.is_listening().await {
-        return Err("sccache's server was gone at the end of the job".to_owned());
+        return Err(Silence {
+            why: "sccache's server was gone at the end of the job".to_owned(),
+            hangs: false,
+        });
     }
     let begin = Instant::now();
     let mut last = statistics(server).await?;
@@ -309,7 +329,7 @@ fn tell(
         log.error(TITLE, summary::annotation(&report));
         return Outcome::Failed;
     }
-    if summary::is_troubled(&report) {
+    if summary::is_troubled(&report) || ending.hangs {
         log.warning(TITLE, summary::annotation(&report));
     } else if wishes.annotations {
         log.notice(TITLE, summary::annotation(&report));

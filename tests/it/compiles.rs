@@ -100,6 +100,62 @@ fn a_server_that_dies_again_and_again_is_left_and_the_build_goes_on() {
     job.server_ends();
 }
 
+/// Stops a process without ending it, as one that hangs.
+fn hang(pid: u32) {
+    let status = Command::new("kill")
+        .args(["-STOP", &pid.to_string()])
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn a_server_that_hangs_costs_the_post_step_seconds_and_is_ended_with_the_relay() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    job.setup().green();
+    job.shell(BUILD).green();
+    hang(job.server_pid().unwrap());
+    let begin = Instant::now();
+    let report = job.report().green();
+    assert!(
+        begin.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert_eq!(report.warnings().len(), 1, "{}", report.stdout);
+    assert!(
+        report.warnings()[0].contains("gave no answer"),
+        "{}",
+        report.stdout
+    );
+    job.server_ends();
+    assert_eq!(job.relay_pid(), None);
+}
+
+#[test]
+fn a_relay_that_hangs_costs_the_post_step_seconds() {
+    let upstream = Upstream::start(Options::default());
+    let job = job(&upstream);
+    job.setup().green();
+    job.shell(BUILD).green();
+    let relay = job.relay_pid().unwrap();
+    hang(relay);
+    let begin = Instant::now();
+    let report = job.report().green();
+    assert!(
+        begin.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert_eq!(report.warnings().len(), 1, "{}", report.stdout);
+    assert!(
+        report.warnings()[0].contains("it does not answer"),
+        "{}",
+        report.stdout
+    );
+    kill(relay);
+}
+
 #[test]
 fn a_folder_for_temporary_files_that_is_missing_or_has_a_long_path_is_in_nobodys_way() {
     let long = tempfile::tempdir().unwrap();
