@@ -711,7 +711,13 @@ fn nobody_without_its_tokens_gets_anything_from_the_relay() {
     runtime.block_on(async {
         let client = http_client::builder(Duration::from_secs(5));
         let client = client.no_proxy().build().unwrap();
-        for path in ["relay/finish", "relay/hydrate", "relay/activity"] {
+        let paths = [
+            "relay/finish",
+            "relay/hydrate",
+            "relay/server",
+            "relay/activity",
+        ];
+        for path in paths {
             for token in ["", "wrong", &upstream.token] {
                 let request = match path {
                     "relay/activity" => client.get(format!("{url}/{path}")),
