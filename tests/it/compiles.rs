@@ -333,6 +333,36 @@ fn an_object_has_the_mode_that_the_steps_umask_gives_it() {
     }
 }
 
+#[test]
+fn each_version_of_sccache_starts_and_its_objects_have_the_steps_mode() {
+    for version in [
+        "0.19.0", "0.16.0", "0.15.0", "0.14.0", "0.10.0", "0.9.1", "0.8.2", "0.7.7", "0.5.3",
+        "0.4.0", "debian",
+    ] {
+        let mut job = Job::with_sccache(&tools::sccache(version));
+        job.set("INPUT_MODE", "local");
+        write_sources(&job);
+        let setup = job.setup().green();
+        assert!(
+            setup.warnings().is_empty(),
+            "{version}: {:?}",
+            setup.warnings()
+        );
+        for state in ["cold", "hit"] {
+            job.shell("umask 022; rm -f 1.o; sccache gcc -c 1.c -o 1.o")
+                .green();
+            assert_eq!(modes(&job, &["1.o"]), ["1.o 644"], "{version} {state}");
+        }
+        let report = job.report().green();
+        assert!(
+            report.stdout.contains("1 hit, 1 miss"),
+            "{version}: {}",
+            report.stdout
+        );
+        job.server_ends();
+    }
+}
+
 fn is_root() -> bool {
     let id = Command::new("id").arg("-u").output().unwrap();
     id.stdout.trim_ascii() == b"0"
