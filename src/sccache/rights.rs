@@ -50,14 +50,14 @@ fn unnamed(arguments: &[OsString]) -> Option<PathBuf> {
 }
 
 fn outputs_of_rustc(arguments: &[OsString], folder: &Path, name: &Path) -> Vec<PathBuf> {
-    let extra = arguments.iter().filter_map(|argument| {
+    let mut extra = arguments.iter().rev().filter_map(|argument| {
         let argument = argument.to_str()?;
         argument
             .strip_prefix("-C")
             .unwrap_or(argument)
             .strip_prefix("extra-filename=")
     });
-    let stem = format!("{}{}", name.display(), extra.last().unwrap_or_default());
+    let stem = format!("{}{}", name.display(), extra.next().unwrap_or_default());
     [
         format!("lib{stem}.rlib"),
         format!("lib{stem}.rmeta"),
@@ -108,14 +108,12 @@ impl Before {
         // There is no other way to ask for it.
         let mask = umask(Mode::from_raw_mode(0o022));
         umask(mask);
+        // macOS has it in 16 bits.
+        #[allow(clippy::useless_conversion)]
+        let mask: u32 = mask.as_raw_mode().into();
         let mut newest = None;
         for (path, before) in self.outputs {
-            give_mode(
-                &path,
-                before.as_ref(),
-                mask.as_raw_mode().into(),
-                &mut newest,
-            );
+            give_mode(&path, before.as_ref(), mask, &mut newest);
         }
     }
 }

@@ -78,7 +78,7 @@ fn side(diff: &str, sign: char) -> String {
     let lines = diff.lines().filter_map(|line| {
         let mut rest = line.chars();
         let first = rest.next()?;
-        (first == ' ' || first == sign).then(|| rest.as_str())
+        (first == ' ' || first == sign).then_some(rest.as_str())
     });
     lines.fold(String::new(), |text, line| text + line + "\n")
 }

@@ -36,11 +36,13 @@ pub fn actions_cache(release: &str) -> PathBuf {
 }
 
 /// The real `act`.
+#[allow(dead_code, reason = "each test uses its part")]
 pub fn act() -> PathBuf {
     found(folder().join("act-0.2.89/bin/act"))
 }
 
 /// The folder with CMake's programs.
+#[allow(dead_code, reason = "each test uses its part")]
 pub fn cmake() -> PathBuf {
     found(folder().join("cmake-3.31.6/cmake/data/bin"))
 }
