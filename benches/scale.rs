@@ -187,7 +187,8 @@ async fn relay(upstream: &Upstream, folder: &Path) -> (RunningRelay, CacheClient
     let environment = Environment::of_this_process();
     let log = folder.join("relay.log");
     let relay = process::start(program, &environment, &config, &log).await;
-    let relay = relay.unwrap();
+    let (relay, tie) = relay.unwrap();
+    tie.untie().await.unwrap();
     let endpoint = Endpoint {
         protocol: Protocol::V2,
         url: relay.url().parse().unwrap(),
