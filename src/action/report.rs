@@ -145,7 +145,7 @@ impl Ending {
 }
 
 async fn end(state: &State, log: &Log) -> Ending {
-    let sccache = state.state_dir.sccache();
+    let sccache = state.state_dir.sccache().map(|sccache| sccache.path);
     let mut hangs = false;
     let (stats, raw_stats) = match sccache {
         None => (Err("sccache is no longer there".to_owned()), String::new()),
@@ -300,6 +300,9 @@ fn tell(
     log: &Log,
 ) -> Outcome {
     let reason = state.state_dir.first_uncached_reason();
+    let gave_up = state.state_dir.why_given_up();
+    let (refused, refused_why) = state.state_dir.refusals();
+    let times = state.state_dir.compile_times();
     let report = Report {
         version: &state.version,
         mode: state.mode,
@@ -309,6 +312,9 @@ fn tell(
         raw_stats: &ending.raw_stats,
         uncached: state.state_dir.uncached_compiles(),
         uncached_reason: reason.as_deref(),
+        gave_up: gave_up.as_deref(),
+        refusals: (refused, refused_why.as_deref()),
+        times: Some(&times),
         of_other_users: state.state_dir.compiles_of_other_users(),
         server_log: &ending.server_log,
         relay: ending

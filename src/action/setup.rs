@@ -22,7 +22,7 @@ use crate::github;
 use crate::http_client::Timeouts;
 use crate::install::{self, InstallError, Installed, Platform};
 use crate::sccache::server::{self, Server, ServerError, ServerProcess};
-use crate::sccache::state::{StateDir, sccache_on_path};
+use crate::sccache::state::{SetUpSccache, StateDir, sccache_on_path};
 use crate::sccache::stats::Stats;
 use crate::wrapper;
 
@@ -367,8 +367,12 @@ impl Begun<'_> {
 
     async fn set_up(&self, choice: Choice, log: &Log) -> Result<Ready, SetupError> {
         let installed = install(self.environment, self.inputs, log).await?;
+        let sccache = SetUpSccache {
+            version: Some(installed.version.clone()),
+            ..SetUpSccache::at(&installed.path)
+        };
         self.state_dir
-            .set_sccache(&installed.path)
+            .set_sccache(&sccache)
             .map_err(SetupError::io("sccache's path cannot be written down"))?;
         let started = self.start(choice, &installed, log).await?;
         let server = started.server;
@@ -706,6 +710,14 @@ fn publish(
         read_only: ready.read_only,
         relay: ready.relay.as_ref().map(|relay| relay.running.clone()),
     };
+    let sccache = SetUpSccache {
+        path: ready.installed.path.clone(),
+        version: Some(ready.installed.version.clone()),
+        port: Some(ready.server.port()),
+        relay: ready.relay.as_ref().map(|relay| relay.running.port),
+    };
+    // Without it the wrapper only goes by the environment, and cannot ask the relay whether it lives.
+    let _ = ready.state_dir.set_sccache(&sccache);
     // Without it `stats` and `doctor` only have less to say.
     let _ = ready.state_dir.set_about(&state.about(program));
     let setup = Setup::Done(state);

@@ -12,6 +12,7 @@ use crate::action::summary::{self, Report};
 use crate::sccache::server::{Server, ServerError};
 use crate::sccache::state::sccache_on_path;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats, StatsError};
+use crate::sccache::times::CompileTimes;
 use crate::service::auth;
 
 /// The port of a server that nobody gave one (`DEFAULT_PORT` in `src/config.rs` of sccache).
@@ -49,6 +50,7 @@ pub enum StatsCommandError {
 pub(crate) fn server_of(environment: &Environment, found: Option<&Found>) -> Option<Server> {
     let sccache: Option<PathBuf> = found
         .and_then(|found| found.state_dir.sccache())
+        .map(|sccache| sccache.path)
         .or_else(|| sccache_on_path(environment));
     Some(Server::new(sccache?, port(environment)))
 }
@@ -76,6 +78,10 @@ pub async fn run(environment: &Environment, form: Form) -> Result<String, StatsC
     let about = found.as_ref().and_then(|found| found.about.as_ref());
     let state_dir = found.as_ref().map(|found| &found.state_dir);
     let reason = state_dir.and_then(|state_dir| state_dir.first_uncached_reason());
+    let gave_up = state_dir.and_then(|state_dir| state_dir.why_given_up());
+    let refusals = state_dir.map(|state_dir| state_dir.refusals());
+    let (refused, refused_why) = refusals.unwrap_or_default();
+    let times = state_dir.map(|state_dir| state_dir.compile_times());
     let report = Report {
         version: about.map_or(&version, |about| &about.version),
         mode: about.map_or_else(|| mode_of(&location), |about| about.mode),
@@ -85,6 +91,9 @@ pub async fn run(environment: &Environment, form: Form) -> Result<String, StatsC
         raw_stats: &raw,
         uncached: state_dir.map_or(0, |state_dir| state_dir.uncached_compiles()),
         uncached_reason: reason.as_deref(),
+        gave_up: gave_up.as_deref(),
+        refusals: (refused, refused_why.as_deref()),
+        times: times.as_ref(),
         of_other_users: state_dir.map_or(0, |state_dir| state_dir.compiles_of_other_users()),
         server_log: "",
         // It has its say at its end.
@@ -113,12 +122,13 @@ fn mode_of(cache_location: &str) -> Mode {
 /// | | |
 /// |---|---|
 /// | `sccache` | `version`, `mode` (as the output of the action), `cache_location`, `read_only` |
-/// | `compiles` | `requests` (calls of a compiler through sccache), `lookups` (`hits`, `misses` and `errors` together), `hit_rate` from 0 to 1 or null, `not_cacheable`, `failed` (as they would have without sccache), `without_sccache` (since it had failed) |
-/// | `languages` | for each, the busiest first: `language`, `hits`, `misses`, `errors`, `hit_rate` |
+/// | `compiles` | `requests` (calls of a compiler through sccache), `lookups` (`hits` and `misses` together), `errors` (reads from the cache that failed, among the misses), `hit_rate` from 0 to 1 or null, `not_cacheable`, `failed` (as they would have without sccache), `refused` (what sccache could not do, so that the compiler ran), `without_sccache` (since it had failed) |
+/// | `languages` | for each, the busiest first: `language`, `hits`, `misses`, `failed`, `hit_rate` |
 /// | `writes` | objects written to the cache |
-/// | `errors` | what went wrong how often: `compile`, `read`, `timeout`, `write` |
+/// | `errors` | what went wrong how often: `read`, `timeout`, `write` |
 /// | `mean_seconds` | `read` of a hit, `write` of an object, `compile` of a miss; null where there was none |
 /// | `saved_seconds` | the compiler time that hits saved, estimated, or null |
+/// | `timed` | compiles through sccache, hits and misses: `compiles`, `seconds` together, and the `slowest` ten, each with `seconds` and `subject` (crate or source file); null where nothing was noted |
 /// | `not_cacheable` | why calls could not be cached: `reason` in sccache's words, `count` |
 pub fn json(report: &Report<'_>, stats: &Stats) -> Value {
     let seconds = |time: Option<std::time::Duration>| time.map(|time| time.as_secs_f64());
@@ -151,12 +161,12 @@ pub fn json(report: &Report<'_>, stats: &Stats) -> Value {
             "hit_rate": stats.hit_rate(),
             "not_cacheable": stats.not_cacheable(),
             "failed": stats.compile_failures(),
+            "refused": report.refusals.0,
             "without_sccache": report.uncached,
         },
         "languages": languages.collect::<Vec<_>>(),
         "writes": stats.writes(),
         "errors": {
-            "compile": count(ErrorKind::Compile),
             "read": count(ErrorKind::Read),
             "timeout": count(ErrorKind::Timeout),
             "write": count(ErrorKind::Write),
@@ -168,6 +178,18 @@ pub fn json(report: &Report<'_>, stats: &Stats) -> Value {
         },
         "saved_seconds": seconds(stats.saved()),
         "not_cacheable": reasons.collect::<Vec<_>>(),
+        "timed": report.times.map(times_json),
+    })
+}
+
+fn times_json(times: &CompileTimes) -> Value {
+    let slowest = times.slowest.iter();
+    let slowest =
+        slowest.map(|(time, subject)| json!({ "seconds": time.as_secs_f64(), "subject": subject }));
+    json!({
+        "compiles": times.compiles,
+        "seconds": times.total.as_secs_f64(),
+        "slowest": slowest.collect::<Vec<_>>(),
     })
 }
 
@@ -176,7 +198,7 @@ fn language_json(row: &LanguageRow<'_>) -> Value {
         "language": row.language,
         "hits": row.hits,
         "misses": row.misses,
-        "errors": row.errors,
+        "failed": row.failed,
         "hit_rate": row.hit_rate(),
     })
 }
@@ -203,6 +225,9 @@ mod tests {
                 raw_stats: "",
                 uncached: 2,
                 uncached_reason: None,
+                gave_up: None,
+                refusals: (1, None),
+                times: Some(&CompileTimes::read("2000\tserde\n4000\ta.c\n")),
                 of_other_users: 0,
                 server_log: "",
                 relay: None,

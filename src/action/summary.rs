@@ -9,6 +9,7 @@ use crate::action::mode::Mode;
 use crate::relay::activity::Activity;
 use crate::relay::cargo::CargoActivity;
 use crate::sccache::stats::{ErrorKind, LanguageRow, Stats};
+use crate::sccache::times::CompileTimes;
 use crate::words::{age, counted, percent, size, thousands, time};
 
 /// What the runner shows of a step's summary (1 MiB), with room left for other summaries of it.
@@ -40,6 +41,12 @@ pub struct Report<'a> {
     pub uncached: usize,
     /// Why the first of these did.
     pub uncached_reason: Option<&'a str>,
+    /// Why later compiles did not ask sccache any more, where that is so.
+    pub gave_up: Option<&'a str>,
+    /// How many compiles sccache's server could not do, and why it could not do the first.
+    pub refusals: (u64, Option<&'a str>),
+    /// How long compiles through sccache took.
+    pub times: Option<&'a CompileTimes>,
     /// Compiles that ran without sccache because their steps run as another user than the action.
     pub of_other_users: u64,
     /// What sccache's server had to say for itself.
@@ -155,10 +162,17 @@ fn troubles(report: &Report<'_>) -> Vec<String> {
     let mut troubles: Vec<String> = shortfall(report).into_iter().collect();
     if report.uncached > 0 {
         let why = report.uncached_reason.unwrap_or("its server was gone");
-        troubles.push(format!(
+        let mut trouble = format!(
             "{} ran without sccache because it failed ({why}).",
             counted(report.uncached as u64, "compile")
-        ));
+        );
+        if let Some(why) = report.gave_up {
+            let _ = write!(trouble, " It was not asked again after that ({why}).");
+        }
+        troubles.push(trouble);
+    }
+    if is_of_no_use(report) {
+        troubles.extend(refusals_in_words(report));
     }
     troubles.extend(relay_troubles(report));
     let Ok(stats) = report.stats else {
@@ -326,7 +340,8 @@ fn why_nothing_was_hit(report: &Report<'_>) -> Option<&'static str> {
              to compile.",
         );
     }
-    if stats.hits() > 0 || stats.lookups() == 0 {
+    // Where sccache failed, that is why.
+    if stats.hits() > 0 || stats.lookups() == 0 || report.uncached > 0 {
         return None;
     }
     Some(match report.mode {
@@ -358,6 +373,12 @@ pub fn markdown(report: &Report<'_>) -> String {
     }
     if let Ok(stats) = report.stats {
         stats_markdown(&mut text, stats);
+    }
+    if let Some(refused) = refusals_in_words(report).filter(|_| !is_of_no_use(report)) {
+        let _ = writeln!(text, "{}\n", escape(&refused));
+    }
+    if let Some(times) = report.times {
+        times_markdown(&mut text, times);
     }
     if let Some(Ok(activity)) = report.relay {
         text.push_str("| GitHub's cache, in packs | |\n|---|--:|\n");
@@ -392,10 +413,54 @@ pub fn without_sccache(reason: &str) -> String {
     )
 }
 
+/// Whether there is more that sccache's server could not do than what it could: then something is wrong
+/// with it and not with single calls.
+fn is_of_no_use(report: &Report<'_>) -> bool {
+    let lookups = report.stats.map_or(0, Stats::lookups);
+    report.refusals.0 > lookups
+}
+
+/// What sccache's server could not do and the compiler did.
+fn refusals_in_words(report: &Report<'_>) -> Option<String> {
+    let (count, why) = report.refusals;
+    (count > 0).then(|| {
+        format!(
+            "sccache could not do {}, and the compiler ran ({}).",
+            counted(count, "compile"),
+            why.unwrap_or_default()
+        )
+    })
+}
+
+/// What the slowest compiles were. Which of them were hits sccache does not tell.
+fn slowest_in_words(times: &CompileTimes) -> Option<String> {
+    (times.compiles > 0).then(|| {
+        format!(
+            "{} through sccache took {} together, hits and misses",
+            counted(times.compiles, "compile"),
+            time(times.total)
+        )
+    })
+}
+
+fn times_markdown(text: &mut String, times: &CompileTimes) {
+    let Some(title) = slowest_in_words(times) else {
+        return;
+    };
+    let _ = writeln!(
+        text,
+        "<details><summary>{title}; the slowest</summary>\n\n| Time | Crate or source file |\n|--:|---|"
+    );
+    for (each, subject) in &times.slowest {
+        let _ = writeln!(text, "| {} | {} |", time(*each), code(subject));
+    }
+    text.push_str("\n</details>\n\n");
+}
+
 fn stats_markdown(text: &mut String, stats: &Stats) {
     let rows = stats.languages();
     if !rows.is_empty() {
-        text.push_str("| Language | Hits | Misses | Errors | Hit rate |\n|---|--:|--:|--:|--:|\n");
+        text.push_str("| Language | Hits | Misses | Failed | Hit rate |\n|---|--:|--:|--:|--:|\n");
         for row in rows.iter().take(SHOWN) {
             let _ = writeln!(text, "| {} |", language_cells(row, escape).join(" | "));
         }
@@ -438,7 +503,7 @@ fn language_cells(row: &LanguageRow<'_>, name: impl Fn(&str) -> String) -> [Stri
         name(row.language),
         thousands(row.hits),
         thousands(row.misses),
-        thousands(row.errors),
+        thousands(row.failed),
         row.hit_rate().map_or_else(|| "–".to_owned(), percent),
     ]
 }
@@ -447,7 +512,7 @@ fn chart(text: &mut String, stats: &Stats) {
     let slices: Vec<(&str, u64)> = [
         ("hits", stats.hits()),
         ("misses", stats.misses()),
-        ("errors", stats.errors()),
+        ("failed", stats.compile_failures()),
         ("not cacheable", stats.not_cacheable()),
     ]
     .into_iter()
@@ -558,7 +623,7 @@ pub fn log_text(report: &Report<'_>) -> String {
     if let Ok(stats) = report.stats {
         let rows = stats.languages();
         if !rows.is_empty() {
-            let header = ["", "hits", "misses", "errors", "hit rate"].map(str::to_owned);
+            let header = ["", "hits", "misses", "failed", "hit rate"].map(str::to_owned);
             let cells = rows.iter().map(|row| language_cells(row, str::to_owned));
             text.push('\n');
             text.push_str(&aligned(std::iter::once(header).chain(cells)));
@@ -566,6 +631,17 @@ pub fn log_text(report: &Report<'_>) -> String {
         for line in [times_in_words(stats), others_in_words(stats)] {
             if !line.is_empty() {
                 let _ = writeln!(text, "\n{}", line.join(", "));
+            }
+        }
+        if let Some(refused) = refusals_in_words(report).filter(|_| !is_of_no_use(report)) {
+            let _ = writeln!(text, "\n{refused}");
+        }
+        if let Some(times) = report.times
+            && let Some(title) = slowest_in_words(times)
+        {
+            let _ = writeln!(text, "\n{title}; the slowest:");
+            for (each, subject) in &times.slowest {
+                let _ = writeln!(text, "  {:>9}  {subject}", time(*each));
             }
         }
         let reasons = stats.reasons();
@@ -674,6 +750,9 @@ mod tests {
             raw_stats,
             uncached: 0,
             uncached_reason: None,
+            gave_up: None,
+            refusals: (0, None),
+            times: None,
             of_other_users: 0,
             server_log: "",
             relay: None,

@@ -118,7 +118,10 @@ async fn date_of(endpoint: &Endpoint) -> Option<SystemTime> {
 
 async fn sccache(environment: &Environment, found: Option<&Found>) -> Finding {
     let path = match found {
-        Some(found) => found.state_dir.sccache().filter(|path| path.exists()),
+        Some(found) => {
+            let sccache = found.state_dir.sccache().map(|sccache| sccache.path);
+            sccache.filter(|path| path.exists())
+        }
         None => sccache_on_path(environment),
     };
     let Some(path) = path else {

@@ -4,3 +4,4 @@ pub mod rights;
 pub mod server;
 pub mod state;
 pub mod stats;
+pub mod times;

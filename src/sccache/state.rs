@@ -7,11 +7,14 @@ use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use semver::Version;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::action::environment::Environment;
+use crate::sccache::times::CompileTimes;
 
 /// Which compiles the cargo cache keeps the outcome of: those of these packages into these folders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +47,37 @@ impl KeptByCargo {
     }
 }
 
+/// What a wrapper has to know of the sccache that its set-up is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetUpSccache {
+    /// The real sccache.
+    pub path: PathBuf,
+    /// Its version.
+    pub version: Option<Version>,
+    /// The port of its server on 127.0.0.1.
+    pub port: Option<u16>,
+    /// The port of the relay on 127.0.0.1.
+    pub relay: Option<u16>,
+}
+
+impl SetUpSccache {
+    /// One of which only the path is known.
+    pub fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            version: None,
+            port: None,
+            relay: None,
+        }
+    }
+}
+
+/// How long a file of notes may grow, in bytes. What comes later is not noted.
+const NOTES_LIMIT: u64 = 4 * 1024 * 1024;
+
+/// How long the name of what was compiled may be in its note, in characters; its end tells most.
+const SUBJECT_LENGTH: usize = 120;
+
 /// How the name of each set-up's folder begins.
 const PREFIX: &str = "sccache-action-";
 
@@ -53,7 +87,7 @@ pub fn sccache_on_path(environment: &Environment) -> Option<PathBuf> {
     environment
         .find_programs("sccache")
         .find_map(|found| match StateDir::of_wrapper(&found) {
-            Some(state) if state.is_named_as_ours() => state.sccache(),
+            Some(state) if state.is_named_as_ours() => state.sccache().map(|sccache| sccache.path),
             _ => Some(found),
         })
 }
@@ -62,11 +96,15 @@ pub fn sccache_on_path(environment: &Environment) -> Option<PathBuf> {
 ///
 /// ```text
 /// bin/sccache     the wrapper; beside it the action's binary under its own name
-/// sccache-path    the path of the real sccache; absent where the set-up failed
+/// sccache-path    the path of the real sccache, its version, the ports of server and relay, a line each;
+///                 absent where the set-up failed
 /// about           what any step may know of the set-up, for the commands `stats` and `doctor`
 /// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
 /// uncached        a line per compile that ran without sccache, with the reason
 /// other-users/    for each other user whose steps compiled, a byte per compile
+/// given-up        why sccache is not asked any more; absent where it is
+/// refused         a line per compile that sccache could not do, with the reason
+/// times           a line per compile through sccache: microseconds, tab, crate or source file
 /// log/sccache.log what the sccache server writes to its log
 /// log/relay.log   what the relay says where it fails
 /// relay/          the relay's files; for nobody else to read
@@ -98,7 +136,7 @@ impl StateDir {
         set_mode(&state.other_users(), 0o1777)?;
         set_mode(&state.root, 0o755)?;
         if let Some(sccache) = sccache {
-            state.set_sccache(sccache)?;
+            state.set_sccache(&SetUpSccache::at(sccache))?;
         }
         Ok(state)
     }
@@ -107,8 +145,18 @@ impl StateDir {
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn set_sccache(&self, sccache: &Path) -> io::Result<()> {
-        fs::write(self.sccache_path(), sccache.as_os_str().as_encoded_bytes())
+    pub fn set_sccache(&self, sccache: &SetUpSccache) -> io::Result<()> {
+        let mut text = sccache.path.as_os_str().as_encoded_bytes().to_vec();
+        let version = sccache.version.as_ref().map(Version::to_string);
+        let ports = [sccache.port, sccache.relay].map(|port| port.map(|port| port.to_string()));
+        for line in [version].into_iter().chain(ports) {
+            text.push(b'\n');
+            text.extend_from_slice(line.unwrap_or_default().as_bytes());
+        }
+        // A compile that sees half of it would not understand it.
+        let new = self.sccache_path().with_extension("new");
+        fs::write(&new, text)?;
+        fs::rename(new, self.sccache_path())
     }
 
     /// The folder that an earlier [`StateDir::create`] made.
@@ -152,11 +200,19 @@ impl StateDir {
         self.root.join("sccache-path")
     }
 
-    /// The path of the real sccache, or `None` where there is none.
-    pub fn sccache(&self) -> Option<PathBuf> {
-        fs::read_to_string(self.sccache_path())
-            .ok()
-            .map(PathBuf::from)
+    /// The real sccache, or `None` where there is none.
+    pub fn sccache(&self) -> Option<SetUpSccache> {
+        let text = fs::read_to_string(self.sccache_path()).ok()?;
+        let mut lines = text.split('\n');
+        let path = PathBuf::from(lines.next()?);
+        let version = lines.next().and_then(|version| version.parse().ok());
+        let mut port = || lines.next().and_then(|port| port.parse().ok());
+        Some(SetUpSccache {
+            path,
+            version,
+            port: port(),
+            relay: port(),
+        })
     }
 
     /// The relay's folder.
@@ -229,13 +285,67 @@ impl StateDir {
     /// Notes that a compile ran without sccache, and why. A note that cannot be written is let go:
     /// the compile matters more.
     pub fn note_uncached(&self, why: &str) {
-        let line = format!("{}\n", why.replace(['\n', '\r'], " "));
-        // One write to a file opened for appending: concurrent compiles do not mix their lines.
+        append(&self.uncached(), why);
+    }
+
+    fn refused(&self) -> PathBuf {
+        self.root.join("refused")
+    }
+
+    /// Notes that sccache's server could not do a compile, and why.
+    pub fn note_refused(&self, why: &str) {
+        append(&self.refused(), why);
+    }
+
+    /// How many compiles sccache's server could not do, and why it could not do the first.
+    pub fn refusals(&self) -> (u64, Option<String>) {
+        let text = fs::read(self.refused()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        (
+            text.lines().count() as u64,
+            text.lines().next().map(str::to_owned),
+        )
+    }
+
+    fn given_up(&self) -> PathBuf {
+        self.root.join("given-up")
+    }
+
+    /// Has later compiles not ask sccache, for this reason. The first reason stays.
+    pub fn give_up(&self, why: &str) {
         let _ = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.uncached())
-            .and_then(|mut file| file.write_all(line.as_bytes()));
+            .create_new(true)
+            .write(true)
+            .open(self.given_up())
+            .and_then(|mut file| file.write_all(why.as_bytes()));
+    }
+
+    /// Whether compiles are not to ask sccache any more.
+    pub fn has_given_up(&self) -> bool {
+        self.given_up().exists()
+    }
+
+    /// Why compiles do not ask sccache any more, where that is so.
+    pub fn why_given_up(&self) -> Option<String> {
+        let text = fs::read(self.given_up()).ok()?;
+        Some(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn times(&self) -> PathBuf {
+        self.root.join("times")
+    }
+
+    /// Notes how long a compile took.
+    pub fn note_time(&self, time: Duration, subject: &str) {
+        let skipped = subject.chars().count().saturating_sub(SUBJECT_LENGTH);
+        let subject: String = subject.chars().skip(skipped).collect();
+        append(&self.times(), &format!("{}\t{subject}", time.as_micros()));
+    }
+
+    /// How long compiles took.
+    pub fn compile_times(&self) -> CompileTimes {
+        let text = fs::read(self.times()).unwrap_or_default();
+        CompileTimes::read(&String::from_utf8_lossy(&text))
     }
 
     fn other_users(&self) -> PathBuf {
@@ -297,6 +407,22 @@ impl StateDir {
     }
 }
 
+/// Puts `line` at the end of the file. A note that cannot be written is let go: the compile matters more.
+fn append(path: &Path, line: &str) {
+    let line = format!("{}\n", line.replace(['\n', '\r'], " "));
+    let mut options = OpenOptions::new();
+    let Ok(mut file) = options.create(true).append(true).open(path) else {
+        return;
+    };
+    if file
+        .metadata()
+        .is_ok_and(|metadata| metadata.len() < NOTES_LIMIT)
+    {
+        // One write to a file opened for appending: concurrent compiles do not mix their lines.
+        let _ = file.write_all(line.as_bytes());
+    }
+}
+
 #[cfg(unix)]
 fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
@@ -316,7 +442,12 @@ mod tests {
     fn a_state_folder_remembers_sccache_and_what_ran_uncached() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateDir::create(parent.path(), Some(Path::new("/x/sccache"))).unwrap();
-        assert_eq!(state.sccache().as_deref(), Some(Path::new("/x/sccache")));
+        let mut sccache = SetUpSccache::at(Path::new("/x/sccache"));
+        assert_eq!(state.sccache(), Some(sccache.clone()));
+        sccache.version = Some(Version::new(0, 16, 0));
+        sccache.relay = Some(7);
+        state.set_sccache(&sccache).unwrap();
+        assert_eq!(state.sccache(), Some(sccache));
         assert_eq!(state.uncached_compiles(), 0);
         assert_eq!(state.first_uncached_reason(), None);
         assert_eq!(state.kept_by_cargo(), None);
@@ -331,8 +462,29 @@ mod tests {
         state.note_uncached("three");
         assert_eq!(state.uncached_compiles(), 2);
         assert_eq!(state.first_uncached_reason().as_deref(), Some("one two"));
+        assert_eq!(state.refusals(), (0, None));
+        state.note_refused("no");
+        assert_eq!(state.refusals(), (1, Some("no".to_owned())));
+        assert!(!state.has_given_up());
+        state.give_up("first");
+        state.give_up("second");
+        assert!(state.has_given_up());
+        assert_eq!(state.why_given_up().as_deref(), Some("first"));
         let found = StateDir::of_wrapper(&state.wrapper()).unwrap();
         assert_eq!(found, state);
+    }
+
+    #[test]
+    fn a_file_of_notes_does_not_grow_without_end() {
+        let parent = tempfile::tempdir().unwrap();
+        let state = StateDir::create(parent.path(), None).unwrap();
+        state.note_time(Duration::from_millis(3), &"é".repeat(500));
+        let line = fs::read_to_string(state.times()).unwrap();
+        assert_eq!(line, format!("3000\t{}\n", "é".repeat(SUBJECT_LENGTH)));
+        let full = usize::try_from(NOTES_LIMIT).unwrap();
+        fs::write(state.times(), vec![b'\n'; full]).unwrap();
+        state.note_time(Duration::from_millis(3), "a.c");
+        assert_eq!(fs::metadata(state.times()).unwrap().len(), NOTES_LIMIT);
     }
 
     #[cfg(unix)]

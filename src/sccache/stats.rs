@@ -121,21 +121,23 @@ pub struct LanguageRow<'a> {
     pub hits: u64,
     /// Compiles that were not in the cache.
     pub misses: u64,
-    /// Compiles lost to an error of sccache's.
-    pub errors: u64,
+    /// Compiles that failed before they were looked up: the compiler could not preprocess them.
+    pub failed: u64,
 }
 
 impl LanguageRow<'_> {
-    /// Hits, misses and errors.
+    /// Hits, misses and what failed.
     pub fn total(&self) -> u64 {
-        self.hits
-            .saturating_add(self.misses)
-            .saturating_add(self.errors)
+        self.lookups().saturating_add(self.failed)
+    }
+
+    fn lookups(&self) -> u64 {
+        self.hits.saturating_add(self.misses)
     }
 
     /// See [`Stats::hit_rate`].
     pub fn hit_rate(&self) -> Option<f64> {
-        ratio(self.hits, self.total())
+        ratio(self.hits, self.lookups())
     }
 }
 
@@ -153,8 +155,6 @@ pub struct MeanTimes {
 /// What can go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// An error of sccache's own in a compile.
-    Compile,
     /// A failed read from the cache.
     Read,
     /// A read from the cache that took too long.
@@ -167,7 +167,6 @@ impl ErrorKind {
     /// What it is, to follow a number.
     pub fn in_words(self) -> &'static str {
         match self {
-            Self::Compile => "errors of sccache in a compile",
             Self::Read => "cache reads that failed",
             Self::Timeout => "cache reads that timed out",
             Self::Write => "cache writes that failed",
@@ -224,20 +223,21 @@ impl Stats {
         self.counts.cache_misses.total()
     }
 
-    /// Compiles lost to an error of sccache's.
+    /// Reads from the cache that failed or took too long. These compiles are among the misses.
     pub fn errors(&self) -> u64 {
-        self.counts.cache_errors.total()
+        let counts = &self.counts;
+        counts
+            .cache_read_errors
+            .saturating_add(counts.cache_timeouts)
     }
 
-    /// Compiles that sccache looked up: hits, misses and errors.
+    /// Compiles that sccache looked up: hits and misses.
     pub fn lookups(&self) -> u64 {
-        self.hits()
-            .saturating_add(self.misses())
-            .saturating_add(self.errors())
+        self.hits().saturating_add(self.misses())
     }
 
-    /// Hits among [`Stats::lookups`], from 0 to 1; `None` where nothing was looked up. sccache's
-    /// own rate leaves errors out of the sum; here they count, since the compiler ran for each.
+    /// Hits among [`Stats::lookups`], from 0 to 1; `None` where nothing was looked up. What failed
+    /// before that is not in it: configure scripts have compiles that must fail.
     pub fn hit_rate(&self) -> Option<f64> {
         ratio(self.hits(), self.lookups())
     }
@@ -257,9 +257,13 @@ impl Stats {
         self.counts.requests_unsupported_compiler
     }
 
-    /// Compiles that failed as they would have without sccache.
+    /// Compiles that failed as they would have without sccache. What it calls errors of the cache are compiles
+    /// that could not be preprocessed, whose output is the compiler's own, and reads that failed; what it got
+    /// wrong itself the wrapper notes.
     pub fn compile_failures(&self) -> u64 {
-        self.counts.compile_fails
+        let preprocessing = self.counts.cache_errors.total();
+        let preprocessing = preprocessing.saturating_sub(self.counts.cache_read_errors);
+        self.counts.compile_fails.saturating_add(preprocessing)
     }
 
     /// Compiles whose object was written anew because `SCCACHE_RECACHE` asked for it.
@@ -302,7 +306,7 @@ impl Stats {
                 language,
                 hits: counts.cache_hits.of(language),
                 misses: counts.cache_misses.of(language),
-                errors: counts.cache_errors.of(language),
+                failed: counts.cache_errors.of(language),
             })
             .filter(|row| row.total() > 0)
             .collect();
@@ -337,7 +341,6 @@ impl Stats {
     pub fn error_counts(&self) -> Vec<ErrorCount> {
         let counts = &self.counts;
         [
-            (ErrorKind::Compile, self.errors()),
             (ErrorKind::Read, counts.cache_read_errors),
             (ErrorKind::Timeout, counts.cache_timeouts),
             (ErrorKind::Write, counts.cache_write_errors),
@@ -472,7 +475,7 @@ mod tests {
             let row = |language: &str| {
                 let rows = stats.languages();
                 let row = rows.iter().find(|row| row.language == language);
-                row.map(|row| (row.hits, row.misses, row.errors))
+                row.map(|row| (row.hits, row.misses, row.failed))
             };
             assert_eq!(stats.requests(), 24, "{version}");
             assert_eq!(row("C/C++"), Some((3, 5, 0)), "{version}");
@@ -503,15 +506,16 @@ mod tests {
     }
 
     #[test]
-    fn errors_count_against_the_rate_and_nothing_looked_up_has_none() {
+    fn what_fails_does_not_count_against_the_rate_and_nothing_looked_up_has_none() {
         let json = r#"{"stats": {"compile_requests": 9, "requests_executed": 8,
             "cache_hits": {"counts": {"Rust": 4}}, "cache_misses": {"counts": {"C/C++": 3}},
             "cache_errors": {"counts": {"Rust": 1}}, "cache_write_errors": 2}}"#;
         let stats = Stats::parse(json).unwrap();
-        assert_eq!(stats.hit_rate(), Some(0.5));
+        assert_eq!(stats.hit_rate(), Some(4.0 / 7.0));
         assert_eq!(stats.languages()[0].language, "Rust");
-        assert_eq!(stats.languages()[0].hit_rate(), Some(0.8));
-        assert_eq!(stats.error_counts().len(), 2);
+        assert_eq!(stats.languages()[0].hit_rate(), Some(1.0));
+        assert_eq!(stats.compile_failures(), 1);
+        assert_eq!(stats.error_counts().len(), 1);
         assert_eq!(stats.pending_writes(), 1);
         assert_eq!(stats.saved(), None);
         let none = r#"{"stats": {"compile_requests": 0, "requests_executed": 0}}"#;

@@ -4,29 +4,57 @@
 //! where that one cannot reach its storage the client exits with status 2 and the compile is lost:
 //! a cache that turned a green build red. So `RUSTC_WRAPPER` and the compiler launchers name this
 //! program instead. It is the action's own binary under the name `sccache` (build scripts that use
-//! the `cc` crate take a wrapper for C only under that name), runs the real sccache, and where
-//! sccache itself fails runs the compiler as if there were no cache. What ran uncached is noted in
-//! a file, so that the summary can say it.
+//! the `cc` crate take a wrapper for C only under that name), asks sccache's server as sccache's client
+//! would, and the compiler has the last word: where a compile ends in failure, or sccache itself fails,
+//! the compiler runs as if there were no cache, and its output and status are what the build sees. What
+//! ran uncached is noted in a file, so that the summary can say it.
+//!
+//! `protocol` and `server` are that client, for the versions of sccache whose protocol is known; for others
+//! sccache's own is started. `call` knows what a call is, and which of them sccache gets wrong.
 //!
 //! It writes nothing to standard error on its own: configure scripts read compilers' diagnostics.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::Instant;
 
+use self::call::Change;
+use self::protocol::{Colour, Compile, Dialect, Finished};
+use self::server::{Asked, Server};
 use crate::sccache::rights::Before;
-use crate::sccache::state::StateDir;
+use crate::sccache::state::{SetUpSccache, StateDir};
+
+mod call;
+mod escape_codes;
+mod protocol;
+mod server;
 
 /// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
 /// encountered fatal error`. Their exit statuses differ (2 and 254), and compilers use these too.
 const SCCACHE_SPEAKS: &str = "sccache: ";
 
-/// How many failures of sccache are tolerated before the compiles stop asking it. A failed server
-/// start can take seconds, and a build has thousands of compiles.
-const FAILURES_BEFORE_GIVING_UP: usize = 3;
+/// How many failures of sccache's own client are tolerated before the compiles stop asking it. A failed
+/// server start can take seconds, and a build has thousands of compiles.
+const CLIENT_FAILURES_BEFORE_GIVING_UP: usize = 3;
+
+/// How many compiles may be lost to a server that ends in the middle of them. A build with many jobs
+/// loses as many at once, and the server comes back.
+const LOST_BEFORE_GIVING_UP: usize = 50;
+
+/// How many compiles may have waited for a server that did not come back.
+const GONE_BEFORE_GIVING_UP: usize = 3;
+
+/// What is in sccache's own words where its server lives and could not do this one compile: nothing
+/// that later compiles would suffer from, nor anything that takes time.
+const REFUSALS: [&str; 3] = [
+    "encountered fatal error",
+    "Compiler not supported",
+    "cannot find binary path",
+];
 
 /// Where one of these is 1, sccache since 0.5 refuses every compile, of C as well, and says so on
 /// standard output (`src/commands.rs` of sccache). What is compiled incrementally it knows by the
@@ -73,10 +101,10 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
     let Some(state) = StateDir::of_wrapper(program) else {
         return own_failure("it is not where its set-up put it");
     };
-    let real = state.sccache();
+    let setup = state.sccache();
     let Some((compiler, compiler_arguments)) = compile_of(arguments) else {
-        return match real {
-            Some(real) => call_to_sccache(&real, arguments),
+        return match setup {
+            Some(setup) => call_to_sccache(&setup, arguments),
             None => {
                 // A step that asks for statistics must not fail a job whose set-up has warned.
                 let _ = writeln!(io::stderr(), "sccache was not set up in this job");
@@ -84,34 +112,154 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
             }
         };
     };
-    let Some(real) = real else {
-        return replace(compiler, compiler_arguments);
+    let bare = || replace(compiler, compiler_arguments);
+    let Some(setup) = setup else {
+        return bare();
     };
     if state.is_of_another_user() {
         state.note_compile_of_another_user();
-        return replace(compiler, compiler_arguments);
+        return bare();
     }
-    if is_kept_by_cargo(&state, compiler_arguments) {
-        return replace(compiler, compiler_arguments);
+    if call::is_tool(compiler) || is_kept_by_cargo(&state, compiler_arguments) {
+        return bare();
     }
-    if state.uncached_compiles() >= FAILURES_BEFORE_GIVING_UP {
+    if state.has_given_up() {
         state.note_uncached("sccache had failed before");
-        return replace(compiler, compiler_arguments);
+        return bare();
     }
     let before = Before::of(compiler_arguments);
     if before.is_for_the_compiler() {
-        return replace(compiler, compiler_arguments);
+        return bare();
     }
-    match sccache(&real, arguments) {
+    let folder = || std::env::current_dir().ok();
+    let version = setup.version.as_ref();
+    let Some(change) = call::change(version, compiler, compiler_arguments, folder) else {
+        return bare();
+    };
+    let begun = Instant::now();
+    let outcome = match server_to_ask(&setup) {
+        Some(server) => match ask_server(server, compiler, compiler_arguments, &change) {
+            // The relay starts another; where there is none, sccache's client does.
+            Outcome::ServerGone(_) if !server::has_relay(server.relay) => {
+                sccache(&setup.path, arguments, change)
+            }
+            Outcome::ServerGone(_) if server::comes_back(server.port) => {
+                ask_server(server, compiler, compiler_arguments, &change)
+            }
+            outcome => outcome,
+        },
+        None => sccache(&setup.path, arguments, change),
+    };
+    match outcome {
         Outcome::Done(code) => {
             before.give_modes();
-            code
+            state.note_time(
+                begun.elapsed(),
+                &call::subject(compiler, compiler_arguments),
+            );
+            return code;
         }
-        Outcome::SccacheFailed(why) => {
-            state.note_uncached(&why);
-            replace(compiler, compiler_arguments)
+        Outcome::Bare => {}
+        Outcome::Refused(why) => state.note_refused(&why),
+        Outcome::ServerGone(why) => fail(&state, &why, GONE_BEFORE_GIVING_UP),
+        Outcome::SccacheFailed { why, tolerated } => fail(&state, &why, tolerated),
+    }
+    bare()
+}
+
+/// Notes that sccache failed, and does not ask it again where that has been `tolerated` times.
+fn fail(state: &StateDir, why: &str, tolerated: usize) {
+    state.note_uncached(why);
+    if state.uncached_compiles() >= tolerated {
+        state.give_up(why);
+    }
+}
+
+/// The server, where it can be asked without sccache's own client.
+fn server_to_ask(setup: &SetUpSccache) -> Option<Server> {
+    // With these the client does other things than to ask a port.
+    let others = ["SCCACHE_SERVER_UDS", "SCCACHE_CLIENT_SIDE"];
+    if others.iter().any(|name| std::env::var_os(name).is_some()) {
+        return None;
+    }
+    let port = std::env::var("SCCACHE_SERVER_PORT").ok();
+    Some(Server {
+        // A step that clears its environment still belongs to this job.
+        port: port.and_then(|port| port.parse().ok()).or(setup.port)?,
+        dialect: Dialect::of(setup.version.as_ref()?)?,
+        relay: setup.relay,
+    })
+}
+
+/// Has the server compile, and prints what the compiler did.
+fn ask_server(server: Server, compiler: &Path, arguments: &[OsString], change: &Change) -> Outcome {
+    let Ok(folder) = std::env::current_dir() else {
+        return Outcome::Bare;
+    };
+    let path = std::env::var_os("PATH");
+    let Some(compiler) = server::full_path(compiler, path, &folder) else {
+        return Outcome::Bare;
+    };
+    let changed: Vec<OsString>;
+    let arguments = match change.arguments.is_empty() {
+        true => arguments,
+        false => {
+            changed = [arguments, &change.arguments].concat();
+            &changed
+        }
+    };
+    let mut environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
+    for (name, value) in &mut environment {
+        if INCREMENTAL.iter().any(|each| name == each) && value == "1" {
+            *value = "0".into();
         }
     }
+    if let Some((name, value)) = &change.variable {
+        environment.retain(|(each, _)| each != name);
+        environment.push((name.into(), value.clone()));
+    }
+    let compile = Compile {
+        compiler: &compiler,
+        folder: folder.as_os_str(),
+        arguments,
+        environment: &environment,
+    };
+    match server::ask(server, &compile, |finished| print(&finished)) {
+        Asked::Compiled(()) => Outcome::Done(ExitCode::SUCCESS),
+        Asked::CompileFailed | Asked::Unhandled => Outcome::Bare,
+        Asked::Refused(why) => Outcome::Refused(why),
+        Asked::Gone(why) => Outcome::ServerGone(why),
+        Asked::Lost(why) => Outcome::SccacheFailed {
+            why,
+            tolerated: LOST_BEFORE_GIVING_UP,
+        },
+        Asked::Hung(why) => Outcome::SccacheFailed { why, tolerated: 1 },
+    }
+}
+
+/// Prints what the compiler did, with colours where the compiler itself would have had them
+/// (`handle_compile_finished` in `src/commands.rs` of sccache).
+fn print(finished: &Finished<'_>) {
+    fn put(stream: impl Write + IsTerminal, text: &[u8], colour: Colour) {
+        if text.is_empty() {
+            return;
+        }
+        let mut stream = stream;
+        let is_dumb = || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let is_coloured = match colour {
+            Colour::On => true,
+            Colour::Off => false,
+            Colour::Auto => stream.is_terminal() && !is_dumb(),
+        };
+        // Where the stream is closed there is nobody to tell.
+        let _ = match is_coloured {
+            true => stream.write_all(text),
+            false => stream.write_all(&escape_codes::without(text)),
+        };
+        let _ = stream.flush();
+    }
+    put(io::stdout(), finished.stdout, finished.colour);
+    put(io::stderr(), finished.stderr, finished.colour);
 }
 
 /// The compiler and its arguments, or `None` where the call is one to sccache itself.
@@ -140,34 +288,57 @@ fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
 }
 
 /// `sccache --show-stats` and its kin: there is nothing to fall back to.
-fn call_to_sccache(real: &Path, arguments: &[OsString]) -> ExitCode {
+fn call_to_sccache(setup: &SetUpSccache, arguments: &[OsString]) -> ExitCode {
     // Workflows that start the server by themselves would fail because it runs already.
-    if arguments == ["--start-server"] && server_listens() {
+    if arguments == ["--start-server"] && server_listens(setup) {
         let _ = writeln!(io::stderr(), "sccache: the server has been started already");
         return ExitCode::SUCCESS;
     }
-    run_in_place(call_of(real, arguments))
+    run_in_place(call_of(&setup.path, arguments))
 }
 
-fn server_listens() -> bool {
-    let port = std::env::var("SCCACHE_SERVER_PORT")
-        .ok()
-        .and_then(|port| port.parse::<u16>().ok());
-    port.is_some_and(|port| TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok())
+fn server_listens(setup: &SetUpSccache) -> bool {
+    let port = std::env::var("SCCACHE_SERVER_PORT").ok();
+    let Some(port) = port.and_then(|port| port.parse::<u16>().ok()) else {
+        return false;
+    };
+    let listens = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
+    // Two servers would be in each other's way.
+    listens || (server::has_relay(setup.relay) && server::comes_back(port))
 }
 
 enum Outcome {
     /// The compile ran; this is the compiler's verdict.
     Done(ExitCode),
+    /// The bare compiler is to run: it failed, or is nothing for sccache.
+    Bare,
+    /// The server lives and could not do this one.
+    Refused(String),
+    /// There is no server.
+    ServerGone(String),
     /// sccache failed, not the compile.
-    SccacheFailed(String),
+    SccacheFailed {
+        /// Why.
+        why: String,
+        /// How many compiles may have run without sccache by now for it to be asked again.
+        tolerated: usize,
+    },
 }
 
 /// Runs sccache to its end. Its standard error is held back until the outcome is known; nothing is
 /// delayed by that, since sccache prints a compiler's output only when the compiler has finished.
-fn sccache(real: &Path, arguments: &[OsString]) -> Outcome {
+fn sccache(real: &Path, arguments: &[OsString], change: Change) -> Outcome {
+    // What it reads from standard input cannot be read again.
+    if arguments.iter().any(|argument| argument == "-") {
+        return Outcome::Bare;
+    }
+    let failed = |why| Outcome::SccacheFailed {
+        why,
+        tolerated: CLIENT_FAILURES_BEFORE_GIVING_UP,
+    };
     let mut command = call_of(real, arguments);
-    command.stderr(Stdio::piped());
+    command.args(change.arguments);
+    command.envs(change.variable).stderr(Stdio::piped());
     for name in INCREMENTAL {
         if std::env::var_os(name).is_some_and(|value| value == "1") {
             command.env(name, "0");
@@ -176,15 +347,19 @@ fn sccache(real: &Path, arguments: &[OsString]) -> Outcome {
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
-            return Outcome::SccacheFailed(format!("{} did not start: {error}", real.display()));
+            return failed(format!("{} did not start: {error}", real.display()));
         }
     };
     let (stderr, status) = match outcome_of(&mut child) {
         Ok(outcome) => outcome,
-        Err(error) => return Outcome::SccacheFailed(format!("it was lost: {error}")),
+        Err(error) => return failed(format!("it was lost: {error}")),
     };
     if let Some(why) = failure_of_sccache(status, &stderr) {
-        return Outcome::SccacheFailed(why);
+        let said = String::from_utf8_lossy(&stderr);
+        return match REFUSALS.iter().any(|words| said.contains(words)) {
+            true => Outcome::Refused(why),
+            false => failed(why),
+        };
     }
     // Where standard error is closed there is nobody to tell.
     let _ = io::stderr().write_all(&stderr);
@@ -204,19 +379,28 @@ fn outcome_of(child: &mut Child) -> io::Result<(Vec<u8>, ExitStatus)> {
 fn failure_of_sccache(status: ExitStatus, stderr: &[u8]) -> Option<String> {
     match status.code() {
         Some(0) => None,
-        Some(_) => {
-            let text = String::from_utf8_lossy(stderr);
-            let said = text
-                .lines()
-                .filter_map(|line| line.strip_prefix(SCCACHE_SPEAKS));
-            // The first line may only announce the second.
-            said.clone()
-                .find(|line| !line.starts_with("encountered fatal error"))
-                .or_else(|| said.clone().next())
-                .map(str::to_owned)
-        }
+        Some(_) => failure_told(stderr),
         None => Some(format!("its client was killed ({status})")),
     }
+}
+
+/// What sccache says of a failure of its own, or `None` where that is a compiler's. The line that
+/// helps is the last of those that name a cause.
+fn failure_told(stderr: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(stderr);
+    let said = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(SCCACHE_SPEAKS));
+    let causes = said
+        .clone()
+        .filter_map(|line| line.strip_prefix("caused by: "));
+    // The first line may only announce the second.
+    let announced = |line: &&str| line.starts_with("encountered fatal error");
+    let line = causes
+        .last()
+        .or_else(|| said.clone().find(|line| !announced(line)))
+        .or_else(|| said.clone().next());
+    line.map(str::to_owned)
 }
 
 fn exit_code(status: ExitStatus) -> ExitCode {
@@ -396,6 +580,11 @@ mod tests {
                 254,
                 "sccache: encountered fatal error\n",
                 "encountered fatal error",
+            ),
+            (
+                2,
+                "sccache: error: failed to execute compile\nsccache: caused by: Compiler not supported: \"x\"\n",
+                "Compiler not supported: \"x\"",
             ),
         ] {
             let found = failure_of_sccache(exited(code), said.as_bytes());

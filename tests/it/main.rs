@@ -24,3 +24,5 @@ mod storage;
 mod support;
 mod upstream;
 mod windows;
+#[cfg(unix)]
+mod wrapper;

@@ -1,0 +1,369 @@
+//! Asks sccache's server to compile, as sccache's own client does, and finds out in time where it is dead.
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::protocol::{
+    ANSWER_LIMIT, Answer, Compile, Dialect, Finished, answer, statistics_message,
+};
+
+/// How long the server may be silent before it, and the relay behind it, are asked whether they live.
+/// A compile may take as long as it likes: what counts is that these answer.
+const SILENCE: Duration = Duration::from_secs(8);
+
+/// How long either may take to answer that. With [`SILENCE`] and both it makes less than 30 s.
+const LIFE_SIGN: Duration = Duration::from_secs(8);
+
+/// How long the relay has to start a server again.
+const RESTART: Duration = Duration::from_secs(5);
+
+/// Where the server is, how it speaks, and what it depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Server {
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+    /// How it speaks.
+    pub dialect: Dialect,
+    /// The port of the relay on 127.0.0.1, where there is one.
+    pub relay: Option<u16>,
+}
+
+/// Whether there is a relay, which starts the server again.
+pub fn has_relay(relay: Option<u16>) -> bool {
+    relay.is_some_and(|port| connect(port).is_ok())
+}
+
+/// Whether a server takes connections on this port of 127.0.0.1 within [`RESTART`].
+pub fn comes_back(port: u16) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < RESTART {
+        // There is no event to wait for: a port does not tell when somebody listens.
+        std::thread::sleep(Duration::from_millis(20));
+        if connect(port).is_ok() {
+            return true;
+        }
+    }
+    false
+}
+
+/// What came of asking.
+#[derive(Debug)]
+pub enum Asked<T> {
+    /// The compiler ended well, or what it left was in the cache.
+    Compiled(T),
+    /// The compiler, or what comes before it, failed. The bare compiler is to say how.
+    CompileFailed,
+    /// The server would not do it, since it is nothing to be cached.
+    Unhandled,
+    /// The server lives and could not do it.
+    Refused(String),
+    /// There is no server.
+    Gone(String),
+    /// The server was lost while it was at it.
+    Lost(String),
+    /// The server, or the relay that it waits for, is there and does not answer.
+    Hung(String),
+}
+
+/// Asks `server` for `compile` and gives what the compiler printed to `done`.
+pub fn ask<T>(
+    server: Server,
+    compile: &Compile<'_>,
+    done: impl FnOnce(Finished<'_>) -> T,
+) -> Asked<T> {
+    let Some(message) = compile.message() else {
+        return Asked::Refused("its arguments are too long".to_owned());
+    };
+    let mut connection = match connect(server.port) {
+        Ok(connection) => connection,
+        Err(error) if is_timeout(&error) => {
+            return Asked::Hung("sccache's server takes no connection".to_owned());
+        }
+        Err(error) => return Asked::Gone(format!("its server is gone: {error}")),
+    };
+    let mut conversation = Conversation {
+        server,
+        connection: &mut connection,
+    };
+    let answered = conversation
+        .send(&message)
+        .and_then(|()| conversation.answer());
+    let first = match answered {
+        Ok(bytes) => bytes,
+        Err(failure) => return failure.into_asked(),
+    };
+    match answer(server.dialect, &first) {
+        Some(Answer::Started) => {}
+        Some(Answer::Unhandled) => return Asked::Unhandled,
+        Some(Answer::Unsupported(why)) => {
+            return Asked::Refused(format!("Compiler not supported: {why}"));
+        }
+        Some(Answer::Finished(_)) | None => return not_understood(),
+    }
+    let second = match conversation.answer() {
+        Ok(bytes) => bytes,
+        Err(failure) => return failure.into_asked(),
+    };
+    match answer(server.dialect, &second) {
+        Some(Answer::Finished(finished)) if finished.status == Some(0) => {
+            Asked::Compiled(done(finished))
+        }
+        Some(Answer::Finished(finished)) => match super::failure_told(finished.stderr) {
+            Some(why) => Asked::Refused(why),
+            None => Asked::CompileFailed,
+        },
+        _ => not_understood(),
+    }
+}
+
+fn not_understood<T>() -> Asked<T> {
+    Asked::Lost("what its server answered is not understood".to_owned())
+}
+
+enum Failure {
+    Lost(io::Error),
+    Hung(&'static str),
+}
+
+impl Failure {
+    fn into_asked<T>(self) -> Asked<T> {
+        match self {
+            Self::Lost(error) => Asked::Lost(format!("its server was lost: {error}")),
+            Self::Hung(what) => Asked::Hung(format!("{what} does not answer")),
+        }
+    }
+}
+
+struct Conversation<'a> {
+    server: Server,
+    connection: &'a mut TcpStream,
+}
+
+impl Conversation<'_> {
+    fn send(&mut self, message: &[u8]) -> Result<(), Failure> {
+        self.connection
+            .write_all(message)
+            .map_err(|error| match is_timeout(&error) {
+                true => Failure::Hung("sccache's server"),
+                false => Failure::Lost(error),
+            })
+    }
+
+    /// The next answer, without its length.
+    fn answer(&mut self) -> Result<Vec<u8>, Failure> {
+        let mut length = [0; 4];
+        self.fill(&mut length)?;
+        let length = u32::from_be_bytes(length);
+        if length > ANSWER_LIMIT {
+            let error = io::Error::other(format!("an answer of {length} bytes"));
+            return Err(Failure::Lost(error));
+        }
+        let mut bytes = vec![0; length as usize];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn fill(&mut self, mut bytes: &mut [u8]) -> Result<(), Failure> {
+        while !bytes.is_empty() {
+            match self.connection.read(bytes) {
+                Ok(0) => return Err(Failure::Lost(io::ErrorKind::UnexpectedEof.into())),
+                Ok(read) => bytes = &mut bytes[read..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_timeout(&error) => self.look_for_life()?,
+                Err(error) => return Err(Failure::Lost(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn look_for_life(&self) -> Result<(), Failure> {
+        if !answers(self.server.port, &statistics_message()) {
+            return Err(Failure::Hung("sccache's server"));
+        }
+        // Without its token it says no more than that it lives.
+        let request = b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n";
+        match self.server.relay {
+            // One that is gone refuses the server's requests, and that does not hang.
+            Some(port) if is_silent(port, request) => {
+                Err(Failure::Hung("the relay to GitHub's cache"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn connect(port: u16) -> io::Result<TcpStream> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let connection = TcpStream::connect_timeout(&address, LIFE_SIGN)?;
+    connection.set_read_timeout(Some(SILENCE))?;
+    connection.set_write_timeout(Some(SILENCE))?;
+    Ok(connection)
+}
+
+fn first_byte(port: u16, request: &[u8]) -> io::Result<()> {
+    let mut connection = connect(port)?;
+    connection.write_all(request)?;
+    connection.read_exact(&mut [0])
+}
+
+fn answers(port: u16, request: &[u8]) -> bool {
+    first_byte(port, request).is_ok()
+}
+
+fn is_silent(port: u16, request: &[u8]) -> bool {
+    first_byte(port, request).is_err_and(|error| is_timeout(&error))
+}
+
+/// Unix and Windows have different words for it.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+/// The full path of `compiler`, as the shell would find it on `path` from `folder`. `None` where it is not there.
+pub fn full_path(compiler: &Path, path: Option<OsString>, folder: &Path) -> Option<OsString> {
+    if compiler.components().count() > 1 || compiler.is_absolute() {
+        return found(folder.join(compiler));
+    }
+    let path = path?;
+    std::env::split_paths(&path).find_map(|each| found(folder.join(each).join(compiler)))
+}
+
+#[cfg(unix)]
+fn found(program: std::path::PathBuf) -> Option<OsString> {
+    use std::os::unix::fs::PermissionsExt;
+    let metadata = std::fs::metadata(&program).ok()?;
+    (metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+        .then(|| program.into_os_string())
+}
+
+#[cfg(not(unix))]
+fn found(program: std::path::PathBuf) -> Option<OsString> {
+    if program.is_file() {
+        return Some(program.into_os_string());
+    }
+    let mut program = program.into_os_string();
+    program.push(std::env::consts::EXE_SUFFIX);
+    Path::new(&program).is_file().then_some(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn ask_one_that_answers(bytes: Vec<u8>) -> Asked<Vec<u8>> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let answering = std::thread::spawn(move || {
+            let (mut connection, _) = listener.accept().unwrap();
+            let mut length = [0; 4];
+            connection.read_exact(&mut length).unwrap();
+            let mut request = vec![0; u32::from_be_bytes(length) as usize];
+            connection.read_exact(&mut request).unwrap();
+            connection.write_all(&bytes).unwrap();
+        });
+        let dialect = Dialect::of(&semver::Version::new(0, 16, 0)).unwrap();
+        let server = Server {
+            port,
+            dialect,
+            relay: None,
+        };
+        let compile = Compile {
+            compiler: OsStr::new("/b/cc"),
+            folder: OsStr::new("/w"),
+            arguments: &[],
+            environment: &[],
+        };
+        let asked = ask(server, &compile, |finished| finished.stderr.to_vec());
+        answering.join().unwrap();
+        asked
+    }
+
+    fn framed(bytes: &[u8]) -> Vec<u8> {
+        let mut message = u32::try_from(bytes.len()).unwrap().to_be_bytes().to_vec();
+        message.extend_from_slice(bytes);
+        message
+    }
+
+    fn finished(status: i32, stderr: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![5, 0, 0, 0, 1];
+        bytes.extend_from_slice(&status.to_le_bytes());
+        bytes.extend_from_slice(&[0; 9]);
+        bytes.extend_from_slice(&(stderr.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(stderr);
+        bytes.extend_from_slice(&[2, 0, 0, 0]);
+        [framed(&[0; 8]), framed(&bytes)].concat()
+    }
+
+    #[test]
+    fn each_end_of_a_compile_is_told_from_the_others() {
+        let asked = ask_one_that_answers(finished(0, b"a warning"));
+        assert!(
+            matches!(&asked, Asked::Compiled(said) if said == b"a warning"),
+            "{asked:?}"
+        );
+        let asked = ask_one_that_answers(finished(1, b"a.c:1: error"));
+        assert!(matches!(asked, Asked::CompileFailed), "{asked:?}");
+        let fatal =
+            b"sccache: encountered fatal error\nsccache: error: e\nsccache: caused by: no a.gcno\n";
+        let asked = ask_one_that_answers(finished(-2, fatal));
+        assert!(
+            matches!(&asked, Asked::Refused(why) if why == "no a.gcno"),
+            "{asked:?}"
+        );
+        let asked = ask_one_that_answers(framed(&[0, 0, 0, 0, 1, 0, 0, 0]));
+        assert!(matches!(asked, Asked::Unhandled), "{asked:?}");
+    }
+
+    #[test]
+    fn an_answer_that_is_cut_off_or_too_long_or_something_else_is_a_server_lost() {
+        let whole = finished(0, b"said");
+        for bytes in [
+            Vec::new(),
+            whole[..6].to_vec(),
+            whole[..whole.len() - 1].to_vec(),
+            vec![0xff; 12],
+            framed(b"nothing known"),
+        ] {
+            let asked = ask_one_that_answers(bytes);
+            assert!(matches!(asked, Asked::Lost(_)), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_is_gone_is_known_at_once() {
+        let port = crate::sccache::server::free_port().unwrap();
+        assert!(!answers(port, b""));
+        assert!(!is_silent(port, b""));
+    }
+
+    #[test]
+    fn a_compiler_is_found_as_a_shell_finds_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let bin = folder.path().join("bin");
+        std::fs::create_dir_all(bin.join("cc-folder")).unwrap();
+        let name = format!("cc{}", std::env::consts::EXE_SUFFIX);
+        std::fs::write(bin.join(&name), "").unwrap();
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            std::fs::set_permissions(bin.join(&name), std::fs::Permissions::from_mode(0o755))
+                .unwrap();
+        }
+        let expected = bin.join(&name).into_os_string();
+        let find = |compiler: &Path| full_path(compiler, Some(bin.clone().into()), folder.path());
+        assert_eq!(find(Path::new("cc")), Some(expected.clone()));
+        assert_eq!(find(&bin.join("cc")), Some(expected.clone()));
+        assert_eq!(find(Path::new("bin/cc")), Some(expected));
+        assert_eq!(find(Path::new("cc-folder")), None);
+        assert_eq!(find(Path::new("nothing")), None);
+    }
+}
