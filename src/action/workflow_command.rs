@@ -61,6 +61,7 @@ impl Log {
     fn line(&self, prefix: &str, text: &str) {
         let mut inner = self.lock();
         let line = redact(&inner.secrets, &format!("{prefix}{text}"));
+        let line = without_old_commands(line, inner.reader);
         // A log that cannot be written to has nobody left to tell.
         let _ = writeln!(inner.out, "{line}");
         let _ = inner.out.flush();
@@ -70,12 +71,11 @@ impl Log {
     pub fn info(&self, text: impl AsRef<str>) {
         // A line of foreign text that starts like a workflow command must not become one.
         let text = text.as_ref();
-        for line in text.split('\n') {
-            let line = line.trim_end_matches('\r');
-            let guard = if line.trim_start().starts_with("::") || line.contains("##[") {
-                "| "
-            } else {
-                ""
+        // The runner takes a lone CR for the end of a line as well.
+        for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
+            let guard = match line.trim_start().starts_with("::") {
+                true => "| ",
+                false => "",
             };
             self.line(guard, line);
         }
@@ -169,6 +169,15 @@ impl Log {
     }
 }
 
+/// Breaks the runner's older form of a command, which it takes wherever it stands in a line
+/// (`ActionCommand.TryParse` of actions/runner looks for `##[`).
+fn without_old_commands(line: String, reader: Reader) -> String {
+    match reader {
+        Reader::Runner => line.replace("##[", "## ["),
+        Reader::Person => line,
+    }
+}
+
 fn redact(secrets: &[String], text: &str) -> String {
     secrets.iter().fold(text.to_owned(), |text, secret| {
         text.replace(secret.as_str(), REDACTED)
@@ -251,13 +260,55 @@ mod tests {
         assert_eq!(log.warnings(), 1);
     }
 
+    /// Whether the runner takes a line for a command (`TryParseV2` and `TryParse` of
+    /// `ActionCommand.cs` in actions/runner).
+    fn is_command(line: &str) -> bool {
+        let second = line.trim_start().strip_prefix("::");
+        let first = line.split_once("##[").map(|(_, rest)| rest);
+        second.is_some_and(|rest| rest.contains("::"))
+            || first.is_some_and(|rest| rest.contains(']'))
+    }
+
     #[test]
     fn foreign_text_cannot_speak_to_the_runner() {
+        for foreign in [
+            "::set-output name=x::y",
+            "  ::add-mask::a",
+            "##[error]no",
+            "x = ##[set-output name=path]/tmp/evil",
+            "###[save-state name=state-dir]/tmp/evil",
+            "a\r::set-env name=x::y\rb",
+            "a\r\n::set-env name=x::y\r\n",
+        ] {
+            let (log, lines) = Log::in_memory();
+            log.info(foreign);
+            log.info(format!("an error: {foreign}"));
+            let shown = lines.text();
+            let mut shown = shown.split(['\n', '\r']);
+            assert!(!shown.any(is_command), "{foreign:?}");
+            let (log, lines) = Log::in_memory();
+            log.group(foreign, foreign);
+            log.debug(foreign);
+            log.warning(foreign, foreign);
+            let shown = lines.text();
+            let commands: Vec<&str> = shown
+                .split(['\n', '\r'])
+                .filter(|line| is_command(line))
+                .collect();
+            assert_eq!(commands.len(), 4, "{commands:?}");
+            assert!(commands.iter().all(|line| !line.contains("##[")));
+        }
+    }
+
+    #[test]
+    fn a_secret_that_is_replaced_leaves_no_command_behind() {
         let (log, lines) = Log::in_memory();
-        log.info("::set-output name=x::y\n  ::add-mask::a\n##[error]no");
-        assert_eq!(
-            lines.text(),
-            "| ::set-output name=x::y\n|   ::add-mask::a\n| ##[error]no\n"
+        log.mask("hunter22");
+        log.info("#hunter22#[set-output name=x]y ##hunter22[error]no");
+        let shown = lines.text();
+        assert!(
+            shown.lines().skip(1).all(|line| !is_command(line)),
+            "{shown}"
         );
     }
 }

@@ -283,8 +283,12 @@ impl<'a> Placing<'a> {
         }
         let mut content = zstd::Decoder::new(compressed)?;
         let mut folders = Folders::default();
+        if let Some((guard, _)) = &self.guard {
+            self.leads_through_no_link(guard)?;
+        }
         for entry in &self.part.entries {
             let place = self.place(entry);
+            self.leads_through_no_link(&place)?;
             match &entry.what {
                 What::Folder => folders.make(&place)?,
                 What::File { length, mode } => {
@@ -298,12 +302,16 @@ impl<'a> Placing<'a> {
             }
         }
         for entry in &self.part.entries {
-            let place = self.place(entry);
-            match &entry.what {
-                What::Link(first) => self.link(*first, &place)?,
-                // Last, so that nothing of this part is written through it.
-                What::Symlink(target) => symlink(&entry.path, target, &place)?,
-                What::File { .. } | What::Folder => {}
+            if let What::Link(first) = &entry.what {
+                self.link(*first, &self.place(entry))?;
+            }
+        }
+        // Last, so that nothing of this part is written through one.
+        for entry in &self.part.entries {
+            if let What::Symlink(target) = &entry.what {
+                let place = self.place(entry);
+                self.leads_through_no_link(&place)?;
+                symlink(&entry.path, target, &place)?;
             }
         }
         // After what is in them, which would change their times.
@@ -316,6 +324,23 @@ impl<'a> Placing<'a> {
             && staged.exists()
         {
             fs::rename(staged, guard)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a path one of whose folders below the root is a symbolic link, whoever made it.
+    fn leads_through_no_link(&self, place: &Path) -> Result<(), PutError> {
+        let refused = || PutError::Outside(place.display().to_string());
+        let below = place.strip_prefix(self.root).map_err(|_| refused())?;
+        let mut folder = self.root.to_owned();
+        for name in below.parent().into_iter().flat_map(Path::components) {
+            folder.push(name);
+            match folder.symlink_metadata() {
+                Ok(metadata) if metadata.is_symlink() => return Err(refused()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }
@@ -428,12 +453,15 @@ pub fn set_folder_time(folder: &Path, time: SystemTime) {
 /// Makes a symbolic link that leads nowhere outside of the part's root.
 fn symlink(path: &str, target: &str, place: &Path) -> Result<(), PutError> {
     let mut depth = path.split('/').count().saturating_sub(1);
+    let mut goes_down = false;
     for name in target.split('/') {
         let stays = match name {
             "" | "." => !target.starts_with('/'),
+            // Up through a name would be up from wherever that name, if it is a link, leads.
+            ".." if goes_down => false,
             ".." => depth.checked_sub(1).map(|less| depth = less).is_some(),
             _ => {
-                depth += 1;
+                goes_down = true;
                 true
             }
         };
@@ -588,5 +616,58 @@ mod tests {
         let outside: Vec<_> = fs::read_dir(target.path()).unwrap().collect();
         assert_eq!(outside.len(), 1);
         assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn no_chain_of_links_leads_out_of_the_folder() {
+        let source = source();
+        let (good, content) = part(source.path(), &["deps/file"], None);
+        let file = good.entries[0].clone();
+        let entry = |path: &str, what: What| Entry {
+            path: path.to_owned(),
+            what,
+            modified: file.modified,
+        };
+        let link = |path: &str, target: &str| entry(path, What::Symlink(target.to_owned()));
+        let chain = vec![
+            entry("a/b/c", What::Folder),
+            entry("f", file.what.clone()),
+            link("a/b/c/l1", "../../.."),
+            link("a/b/c/l2", "l1/.."),
+            entry("a/b/c/l2/ESCAPED", What::Link(1)),
+        ];
+        let through = vec![
+            entry("f", file.what.clone()),
+            link("l", "a"),
+            entry("l/ESCAPED", What::Link(0)),
+        ];
+        for entries in [chain, through] {
+            let target = tempfile::tempdir().unwrap();
+            let root = target.path().join("root");
+            fs::create_dir(&root).unwrap();
+            let part = Part {
+                entries,
+                ..good.clone()
+            };
+            assert!(put(&root, &part, &*content).is_err());
+            let outside: Vec<_> = fs::read_dir(target.path()).unwrap().collect();
+            assert_eq!(outside.len(), 1);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_that_is_there_already_is_not_followed() {
+        let source = source();
+        let (good, content) = part(source.path(), &["deps/file"], None);
+        let target = tempfile::tempdir().unwrap();
+        let [root, elsewhere] = ["root", "elsewhere"].map(|name| target.path().join(name));
+        fs::create_dir(&root).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, root.join("deps")).unwrap();
+        let refused = put(&root, &good, &*content);
+        assert!(matches!(refused, Err(PutError::Outside(_))));
+        assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
     }
 }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cargo::files::{self, PutError};
 use crate::cargo::lockfile::Lockfile;
-use crate::cargo::manifest::{Entry, Package, Root};
+use crate::cargo::manifest::{Entry, Package, Part, Root, What};
 
 /// How many parts the index files of a registry make up: a file that changes takes with it those
 /// that share its part, and a part for each name would be hundreds.
@@ -219,6 +219,27 @@ fn name(path: &Path) -> &str {
     path.file_name()
         .and_then(|name| name.to_str())
         .unwrap_or_default()
+}
+
+/// Whether all paths of a part are such as this cache stores below `registry`: archives, which are
+/// checked against the lockfile, and index files. Sources are unpacked from archives only.
+pub fn is_of_registry(part: &Part) -> bool {
+    let allowed = |path: &str| match &part.package {
+        Package::Crate(package) => archive(path).is_some_and(|(name, _)| name == package),
+        Package::Several => {
+            let mut names = path.splitn(3, '/');
+            let index = names.next() == Some("index") && names.next().is_some();
+            let rest = names.next().unwrap_or_default();
+            index && (rest == "config.json" || rest.starts_with(".cache/"))
+        }
+        Package::Commit(_) => false,
+    };
+    let is_file = |entry: &Entry| matches!(entry.what, What::File { .. });
+    part.guard.is_none()
+        && part
+            .entries
+            .iter()
+            .all(|entry| is_file(entry) && allowed(&entry.path))
 }
 
 /// The package of the archive at this path below `registry`, as `name-version`, and the folder that
@@ -435,5 +456,48 @@ mod tests {
                 "index/r/config.json",
             ]
         );
+    }
+
+    #[test]
+    fn a_registry_takes_archives_and_index_files_and_nothing_else() {
+        let file = What::File { length: 0, mode: 0 };
+        let part = |package: &Package, path: &str, what: &What| Part {
+            root: Root::Registry,
+            name: "part".to_owned(),
+            guard: None,
+            package: package.clone(),
+            entries: vec![Entry {
+                path: path.to_owned(),
+                what: what.clone(),
+                modified: std::time::UNIX_EPOCH.into(),
+            }],
+            chunk: crate::cargo::manifest::chunk_key(blake3::hash(b"")),
+            needs: Vec::new(),
+            used: 0,
+        };
+        let (a, several) = (Package::Crate("a-1.0.0".to_owned()), Package::Several);
+        for (package, path) in [
+            (&a, "cache/r/a-1.0.0.crate"),
+            (&several, "index/r/config.json"),
+            (&several, "index/r/.cache/3/a/abc"),
+        ] {
+            assert!(is_of_registry(&part(package, path, &file)), "{path}");
+            let link = What::Symlink("x".to_owned());
+            assert!(!is_of_registry(&part(package, path, &link)), "{path}");
+            let mut guarded = part(package, path, &file);
+            guarded.guard = Some("src".to_owned());
+            assert!(!is_of_registry(&guarded), "{path}");
+        }
+        for (package, path) in [
+            (&several, "src/r/a-1.0.0/.cargo-ok"),
+            (&a, "src/r/a-1.0.0/src/lib.rs"),
+            (&several, "cache/r/a-1.0.0.crate"),
+            (&a, "cache/r/b-1.0.0.crate"),
+            (&a, "cache/r/x/a-1.0.0.crate"),
+            (&several, "index/r/other"),
+            (&several, "index/config.json"),
+        ] {
+            assert!(!is_of_registry(&part(package, path, &file)), "{path}");
+        }
     }
 }

@@ -396,6 +396,9 @@ impl Restore<'_> {
         if self.stop.load(Ordering::Relaxed) || Instant::now() > self.deadline {
             return Err(PartError::Lost);
         }
+        if part.root == Root::Registry && !home::is_of_registry(part) {
+            return Err(PartError::Foreign);
+        }
         let folder = self.job.request.folder(part.root).ok_or(PartError::Lost)?;
         let bytes = self.handle.block_on(self.relay.chunk(part.chunk))?;
         files::put(&folder, part, &*bytes)?;

@@ -315,7 +315,11 @@ impl Server {
     ) -> Command {
         let mut command = Command::new(&self.sccache);
         command.args(arguments);
-        if let Some(environment) = environment {
+        // sccache's client starts a server where none listens, so no call may see a token that is
+        // the runner's alone.
+        let own = environment.is_none().then(Environment::of_this_process);
+        let own = own.map(|environment| environment.for_programs());
+        if let Some(environment) = environment.or(own.as_ref()) {
             command.env_clear().envs(environment.iter());
         }
         command

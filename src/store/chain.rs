@@ -202,11 +202,11 @@ impl Known {
         let mut number = number;
         // Look-ups lag behind what was written, and the newest by time may not be the last by
         // number.
-        while let Some(next) =
-            find_exactly(client, &self.chain.key(number.saturating_add(1))).await?
+        while let Some(following) = number.checked_add(1)
+            && let Some(next) = find_exactly(client, &self.chain.key(following)).await?
         {
             self.read(client, next).await?;
-            number = number.saturating_add(1);
+            number = following;
             if self.merged.len() >= ENTRIES_READ {
                 break;
             }
