@@ -240,6 +240,9 @@ struct Placing<'a> {
 
 impl<'a> Placing<'a> {
     fn of(root: &'a Path, part: &'a Part) -> Result<Self, PutError> {
+        if part.length() > PART_LIMIT {
+            return Err(PutError::Io(io::ErrorKind::FileTooLarge.into()));
+        }
         for entry in &part.entries {
             if !is_inside(&entry.path) {
                 return Err(PutError::Outside(entry.path.clone()));
@@ -669,5 +672,18 @@ mod tests {
         let refused = put(&root, &good, &*content);
         assert!(matches!(refused, Err(PutError::Outside(_))));
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_part_that_unpacks_to_too_much_is_not_put_there() {
+        let source = source();
+        let (mut part, content) = part(source.path(), &["deps/file"], None);
+        part.entries[0].what = What::File {
+            length: PART_LIMIT + 1,
+            mode: 0,
+        };
+        let target = tempfile::tempdir().unwrap();
+        assert!(put(target.path(), &part, &*content).is_err());
+        assert_eq!(fs::read_dir(target.path()).unwrap().count(), 0);
     }
 }

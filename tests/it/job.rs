@@ -1053,3 +1053,37 @@ fn whoever_wants_no_less_than_asked_for_gets_no_disk_instead() {
         assert_eq!(job.file("GITHUB_ENV"), "");
     }
 }
+
+#[test]
+fn no_call_of_sccache_sees_the_runners_token() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let service = Service::start(folder.path());
+    let [spy, notes] = ["spy", "notes"].map(|name| folder.path().join(name));
+    let real = tools::sccache("0.16.0");
+    let script = format!(
+        "#!/bin/sh\n{{ echo \"call: $*\"; env; }} >> '{}'\nexec '{}' \"$@\"\n",
+        notes.display(),
+        real.display()
+    );
+    fs::write(&spy, script).unwrap();
+    fs::set_permissions(&spy, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut job = Job::with_sccache(&spy);
+    job.use_service(&service.url, &service.token);
+    job.set("INPUT_TOKEN", "ghs_0123456789abcdef");
+    job.setup().green();
+    job.report().green();
+    let notes = fs::read_to_string(notes).unwrap();
+    for call in ["--show-stats", "--stop-server"] {
+        assert!(notes.contains(&format!("call: {call}")), "{call}");
+    }
+    let url = format!("ACTIONS_RESULTS_URL={}", service.url);
+    for secret in [
+        service.token.as_str(),
+        "ghs_0123456789abcdef",
+        &url,
+        "INPUT_TOKEN=",
+    ] {
+        assert!(!notes.contains(secret), "{secret}");
+    }
+}
