@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::c_build::{BUILD, FILES, objects, remove_objects, write_sources};
-use crate::support::runner::{Job, binary, kill};
+use crate::support::runner::{Job, Step, binary, kill};
 use crate::support::tools;
 use crate::support::upstream::{Options, Upstream};
 
@@ -755,42 +755,32 @@ const UNLIKE: &[(&str, &str, &str)] = &[
     ("gcc: no standard error", "w.o", NO_STDERR),
     ("g++: a precompiled header", "p.hpp.pch", GCH),
     ("clang++: a precompiled header", "p.hpp.pch", PCH),
-    ("clang: umask 002", "a.o", CLANGS_FOLDER),
-    ("gcc: a depfile with its own target", "x.d", FIRST_DEPFILE),
-    ("clang: a depfile with its own target", "x.d", FIRST_DEPFILE),
-    ("gcc: a depfile with a quoted target", "x.d", FIRST_DEPFILE),
+    ("gcc: a depfile in another folder", "d/x.d", DEPFILE_OPTIONS),
     (
-        "clang: a depfile with a quoted target",
-        "x.d",
-        FIRST_DEPFILE,
+        "clang: a depfile in another folder",
+        "d/x.d",
+        DEPFILE_OPTIONS,
     ),
-    ("gcc: a depfile in another folder", "d/x.d", FIRST_DEPFILE),
-    ("clang: a depfile in another folder", "d/x.d", FIRST_DEPFILE),
-    ("gcc: a depfile without a name", "a.d", NO_DEPFILE),
-    ("clang: a depfile without a name", "a.d", NO_DEPFILE),
     (
         "gcc: a depfile without a name, user headers",
         "a.d",
-        NO_DEPFILE,
+        DEPFILE_OPTIONS,
     ),
     (
         "clang: a depfile without a name, user headers",
         "a.d",
-        NO_DEPFILE,
+        DEPFILE_OPTIONS,
     ),
-    ("rustc: an error", "e.d", AFTER_AN_ERROR),
+    ("clang: umask 002", "a.o", CLANGS_FOLDER),
 ];
 
 const NO_STDERR: &str = "gcc fails where it cannot write a warning; in sccache's server it can";
 const GCH: &str = "gcc writes other bytes each time, with and without sccache";
 const PCH: &str = "clang writes the time of the header, which is made anew, into it";
+const DEPFILE_OPTIONS: &str = "the same source was compiled to the same name with -MD, and sccache's key \
+                               does not have -MMD and -MP in it";
 const CLANGS_FOLDER: &str = "sccache's key for clang does not have the working folder in it, and the \
                              same source was compiled in another row's";
-const FIRST_DEPFILE: &str =
-    "sccache keeps the first depfile of a source, whatever its target and options";
-const NO_DEPFILE: &str = "sccache writes no depfile on a hit where the call does not name one";
-const AFTER_AN_ERROR: &str =
-    "rustc writes it before the error, sccache hands on no file of a failed compile";
 
 fn rows() -> Vec<Row> {
     let row = |compiler: &str, (name, lines): &(&str, &str)| Row {
@@ -924,17 +914,19 @@ fn each_compile_of_the_table_is_the_bare_compile_cold_and_as_a_hit() {
     let rows = rows();
     assert!(rows.len() >= 60);
     let wrapper = job.later_environment().path("SCCACHE_PATH").unwrap();
-    let notes = wrapper.parent().unwrap().with_file_name("uncached");
+    let state = wrapper.parent().unwrap().parent().unwrap();
     let all: Vec<(usize, &Row)> = rows.iter().enumerate().collect();
     let check = |part: &[(usize, &Row)]| {
         let mut wrong = Vec::new();
         for (index, row) in part {
             let bare = give(&job, *index, row, "");
-            for state in ["cold", "hit"] {
+            for state_of_cache in ["cold", "hit"] {
                 let wrapped = give(&job, *index, row, "sccache");
-                wrong.extend(differences(&row.name, state, &bare, &wrapped));
+                wrong.extend(differences(&row.name, state_of_cache, &bare, &wrapped));
                 // What one row made of sccache is not to keep the next from asking it.
-                let _ = fs::remove_file(&notes);
+                for notes in ["uncached", "given-up"] {
+                    let _ = fs::remove_file(state.join(notes));
+                }
             }
         }
         wrong
@@ -963,4 +955,179 @@ fn each_compile_of_the_table_is_the_bare_compile_cold_and_as_a_hit() {
         wrong.join("\n"),
         report.stdout
     );
+}
+
+/// Two jobs in the same folder, as on a runner: `sources` writes what the first and the second compile,
+/// then they run these lines. Returns what the lines printed and the logs of the post steps.
+fn in_two_jobs(lines: &str, sources: impl Fn(&Path, usize)) -> [(Step, Step); 2] {
+    let upstream = Upstream::start(Options::default());
+    let place = tempfile::tempdir().unwrap();
+    [1, 2].map(|number| {
+        let folder = place.path().join("job");
+        if folder.exists() {
+            fs::remove_dir_all(&folder).unwrap();
+        }
+        let mut job = Job::in_folder(folder);
+        job.use_sccache(&tools::sccache("0.16.0"));
+        job.use_service(&upstream.url, &upstream.token);
+        job.set("GITHUB_WORKFLOW", "CI");
+        job.set("GITHUB_JOB", "build");
+        job.set("INPUT_WRAP", "c");
+        job.setup().green();
+        sources(&job.path("workspace"), number);
+        let build = job.shell(lines).green();
+        let report = job.report().green();
+        job.server_ends();
+        (build, report)
+    })
+}
+
+/// Writes `count` small sources, `n1.c` and so on.
+fn write_numbered(folder: &Path, count: usize) {
+    for i in 1..=count {
+        let source = format!("int n{i}(void) {{ return {i}; }}\n");
+        fs::write(folder.join(format!("n{i}.c")), source).unwrap();
+    }
+}
+
+#[test]
+fn what_sccache_cannot_do_does_not_keep_the_rest_of_the_job_from_its_cache() {
+    for refused in [
+        "sccache gcc --coverage -c s.S -o s$i.o",
+        "sccache ld -v",
+        "sccache as --version",
+        "sccache nm --version",
+    ] {
+        let lines = format!(
+            "for i in 1 2 3 4; do {refused}; done\n\
+             for i in 1 2 3 4 5 6; do sccache gcc -c n$i.c -o n$i.o; done"
+        );
+        let [_, (_, report)] = in_two_jobs(&lines, |folder, _| {
+            write_numbered(folder, 6);
+            fs::write(folder.join("s.S"), ".text\n.globl s\ns: ret\n").unwrap();
+        });
+        assert!(
+            report.stdout.contains("(6 hits"),
+            "{refused}: {}",
+            report.stdout
+        );
+        assert!(
+            report.warnings().is_empty(),
+            "{refused}: {:?}",
+            report.warnings()
+        );
+    }
+}
+
+/// What CMake's `target_precompile_headers` writes for `pre.hpp`.
+fn write_pch(folder: &Path) {
+    let header = folder.join("pre.hpp");
+    let text = format!(
+        "#pragma GCC system_header\n#include \"{}\"\n",
+        header.display()
+    );
+    fs::write(folder.join("pch.hxx"), text).unwrap();
+    fs::write(folder.join("pch.cxx"), "").unwrap();
+}
+
+#[test]
+fn a_precompiled_header_is_never_the_one_of_another_job() {
+    let lines =
+        "sccache g++ -Winvalid-pch -x c++-header -include $PWD/pch.hxx -o pch.hxx.gch -c pch.cxx
+                 sccache g++ -Winvalid-pch -include $PWD/pch.hxx -c main.cpp -o main.o
+                 g++ main.o -o main; ./main";
+    let [(first, _), (second, _)] = in_two_jobs(lines, |folder, number| {
+        let header = format!("#pragma once\n#include <cstdio>\n#define TEST {number}\n");
+        fs::write(folder.join("pre.hpp"), header).unwrap();
+        write_pch(folder);
+        let main = "int main() { std::printf(\"%d\\n\", TEST); }\n";
+        fs::write(folder.join("main.cpp"), main).unwrap();
+    });
+    assert_eq!((&*first.stdout, &*second.stdout), ("1\n", "2\n"));
+}
+
+#[test]
+fn a_comment_that_changed_in_a_precompiled_header_does_not_define_anything_twice() {
+    let lines =
+        "sccache g++ -Winvalid-pch -x c++-header -include $PWD/pch.hxx -o pch.hxx.gch -c pch.cxx
+                 sccache g++ -Winvalid-pch -include $PWD/pch.hxx -c main.cpp -o main.o
+                 sccache g++ -Winvalid-pch -include $PWD/pch.hxx -c f.cpp -o f.o
+                 g++ main.o f.o -o main; ./main";
+    let jobs = in_two_jobs(lines, |folder, number| {
+        let header = format!("// {number}\n#pragma once\nconstexpr int K = 7;\n");
+        fs::write(folder.join("pre.hpp"), header).unwrap();
+        write_pch(folder);
+        let main = "#include \"pre.hpp\"\n#include <cstdio>\nint f();\n\
+                    int main() { std::printf(\"%d\\n\", K + f()); }\n";
+        fs::write(folder.join("main.cpp"), main).unwrap();
+        let source =
+            format!("#include \"pre.hpp\"\nint f() {{ return K + {number} - {number}; }}\n");
+        fs::write(folder.join("f.cpp"), source).unwrap();
+    });
+    for (build, _) in jobs {
+        assert_eq!(build.stdout, "14\n");
+    }
+}
+
+#[test]
+fn each_output_has_the_depfile_that_the_compiler_writes_for_it() {
+    let lines = "mkdir -p a b
+                 sccache gcc -MMD -MP -c f.c -o a/f.o; sccache gcc -MMD -MP -c f.c -o b/f.o
+                 sccache gcc -MD -MT a/x.o -MF a/x.d -c f.c -o a/x.o
+                 sccache gcc -MD -MT b/x.o -MF b/x.d -c f.c -o b/x.o
+                 for file in a/f.d b/f.d a/x.d b/x.d; do head -n 1 $file | cut -d: -f1; done";
+    let jobs = in_two_jobs(lines, |folder, _| {
+        fs::write(folder.join("h.h"), "#define H 1\n").unwrap();
+        fs::write(
+            folder.join("f.c"),
+            "#include \"h.h\"\nint f(void) { return H; }\n",
+        )
+        .unwrap();
+    });
+    for (build, _) in jobs {
+        assert_eq!(build.stdout, "a/f.o\nb/f.o\na/x.o\nb/x.o\n");
+    }
+}
+
+#[test]
+fn a_source_in_two_programs_is_covered_in_each() {
+    let lines = "mkdir -p one two
+                 for t in one two; do
+                   sccache gcc --coverage -c f.c -o $t/f.o
+                   sccache gcc --coverage -c $t.c -o $t/main.o
+                   gcc --coverage $t/f.o $t/main.o -o $t/program
+                   $t/program
+                 done
+                 find . -name 'f.gcda' | sort";
+    let jobs = in_two_jobs(lines, |folder, _| {
+        fs::write(
+            folder.join("f.c"),
+            "int f(int x) { if (x > 1) return 2; return 3; }\n",
+        )
+        .unwrap();
+        for (name, value) in [("one", 1), ("two", 2)] {
+            let source = format!("int f(int);\nint main(void) {{ return f({value}) == 0; }}\n");
+            fs::write(folder.join(format!("{name}.c")), source).unwrap();
+        }
+    });
+    for (build, _) in jobs {
+        assert_eq!(build.stdout, "./one/f.gcda\n./two/f.gcda\n");
+    }
+}
+
+#[test]
+fn probes_that_must_fail_are_no_errors_of_sccache_and_not_in_the_hit_rate() {
+    let lines = "for i in $(seq 1 12); do sccache gcc -c n$i.c -o n$i.o; done
+                 sccache gcc -c h.c -o h.o || true
+                 sccache gcc -fno-such -c n1.c -o x.o || true";
+    let [_, (_, report)] = in_two_jobs(lines, |folder, _| {
+        write_numbered(folder, 12);
+        fs::write(folder.join("h.c"), "#include <nothere.h>\n").unwrap();
+    });
+    assert!(
+        report.stdout.contains("100 % of 12 compiles"),
+        "{}",
+        report.stdout
+    );
+    assert!(report.warnings().is_empty(), "{:?}", report.warnings());
 }
