@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 RUNS=15
 FILES=200
 binary=$PWD/dist/sccache-action-linux-x64
-sccache=$PWD/target/test-tools/sccache-0.16.0/bin/sccache
+sccache=${SCCACHE_ACTION_TEST_TOOLS:-$PWD/target/test-tools}/sccache-0.16.0/bin/sccache
 work=$(mktemp -d)
 trap 'for s in "$work"/job/stop "$work"/stop; do [ -x "$s" ] && "$s"; done > /dev/null 2>&1; rm -rf "$work"' EXIT
 
@@ -68,5 +68,21 @@ RUNS=5
 median "$FILES warm compiles through sccache" compiles "$sccache"
 alone=$micros
 median "$FILES warm compiles through the wrapper" compiles "$wrapper"
-awk "BEGIN { printf \"%-46s %9.2f ms a compile, ratio %.2f\n\", \"the wrapper adds\", \
+awk "BEGIN { printf \"%-46s %9.2f ms a compile, ratio %.2f\n\", \"wrapper less sccache\'s client\", \
     ($micros - $alone) / 1000 / $FILES, $micros / $alone }"
+
+# What one such compile costs the calling process, apart from time.
+costs() {
+    local name=$1 faults=- instructions=-
+    shift
+    if command -v perf > /dev/null; then
+        faults=$(perf stat -x , -e page-faults "$@" 2>&1 > /dev/null | cut -d , -f 1)
+    fi
+    if command -v valgrind > /dev/null; then
+        instructions=$(valgrind --tool=callgrind --callgrind-out-file=/dev/null "$@" 2>&1 > /dev/null |
+            sed -n 's/.*Collected : //p')
+    fi
+    printf '%-46s %9s page faults, %s instructions\n' "$name" "$faults" "$instructions"
+}
+costs 'a warm compile through sccache' "$sccache" gcc -c "$work/1.c" -o "$work/1.o"
+costs 'a warm compile through the wrapper' "$wrapper" gcc -c "$work/1.c" -o "$work/1.o"
