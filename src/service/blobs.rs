@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use futures_util::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
+use futures_util::{FutureExt, Stream, StreamExt, TryFutureExt, TryStreamExt, stream};
 use opendal::layers::{RetryLayer, TimeoutLayer};
 use opendal::{Buffer, ErrorKind, HttpTransporter, OperationContext, Operator, services};
 use opendal_http_transport_reqwest::ReqwestTransport;
@@ -337,7 +337,21 @@ impl Readable for Parts {
     }
 
     fn read(&self, first: u64, length: u64) -> BoxFuture<'_, std::io::Result<Bytestream>> {
-        self.begin(first, length).boxed()
+        self.begin(first, length).map_err(told_short).boxed()
+    }
+}
+
+/// opendal calls a blob that ends before the range `RangeNotSatisfied`, which
+/// std has no kind for; here it is the end of a file, so that the entry is dropped and can be saved
+/// again.
+fn told_short(error: std::io::Error) -> std::io::Error {
+    let short = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<opendal::Error>())
+        .is_some_and(|inner| matches!(inner.kind(), opendal::ErrorKind::RangeNotSatisfied));
+    match short {
+        true => std::io::Error::new(std::io::ErrorKind::UnexpectedEof, error),
+        false => error,
     }
 }
 

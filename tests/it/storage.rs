@@ -462,6 +462,25 @@ async fn an_entry_whose_blob_is_gone_or_cut_off_is_not_read_and_can_be_dropped()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_range_behind_the_end_of_a_shortened_blob_is_the_end_of_a_file() {
+    let place = Place::new("SQLite and a folder", Limits::of_entries(LIMIT)).await;
+    let store = place.open().await;
+    let entry = put(&store, "short", "content").await;
+    let mut left = vec![place.blobs.clone()];
+    while let Some(path) = left.pop() {
+        match path.is_dir() {
+            true => left.extend(std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path())),
+            false => std::fs::write(&path, "").unwrap(),
+        }
+    }
+    let Content::Elsewhere(content) = store.open(entry.id).await.unwrap() else {
+        panic!("content of a folder is read through the store");
+    };
+    let error = content.read(0, 7).await.err().unwrap();
+    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_services_on_one_storage_are_one_store() {
     for name_of_place in ["PostgreSQL and a folder", "PostgreSQL and S3"] {
         let place = Place::new(name_of_place, Limits::of_entries(LIMIT)).await;
