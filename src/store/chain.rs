@@ -61,9 +61,10 @@ impl Chain {
         format!("{}{number:08}", self.prefix)
     }
 
-    /// The number of the entry with this key.
+    /// The number of the entry with this key, where a writer would have written it so.
     pub fn number(&self, key: &str) -> Option<u64> {
-        key.strip_prefix(&self.prefix)?.parse().ok()
+        let number = key.strip_prefix(&self.prefix)?.parse().ok()?;
+        (self.key(number) == key).then_some(number)
     }
 }
 
@@ -449,6 +450,18 @@ mod tests {
                 prop_assert!(!first.prefix.starts_with(&second.prefix));
                 prop_assert!(!second.prefix.starts_with(&first.prefix));
             }
+        }
+    }
+
+    #[test]
+    fn a_number_counts_only_as_a_writer_writes_it() {
+        let chain = Chain::new("default", "linux-x64", "refs/heads/main");
+        for number in [0, 1, 99_999_999] {
+            assert_eq!(chain.number(&chain.key(number)), Some(number));
+        }
+        for odd in ["1", "+0000001", "000000001", "0000000x", ""] {
+            let key = format!("{}{odd}", chain.prefix);
+            assert_eq!(chain.number(&key), None, "{odd}");
         }
     }
 }

@@ -57,11 +57,40 @@ impl From<Output> for Step {
     }
 }
 
+/// The command that the runner takes a line for (`TryParseV2` and `TryParse` of `ActionCommand.cs` in
+/// actions/runner).
+fn command(line: &str) -> Option<&str> {
+    let second = line.trim_start().strip_prefix("::");
+    let second = second.and_then(|rest| Some(rest.split_once("::")?.0));
+    let first = line.split_once("##[").map(|(_, rest)| rest);
+    let first = first.and_then(|rest| Some(rest.split_once(']')?.0));
+    let command = second.or(first)?;
+    command.split(' ').next()
+}
+
 impl Step {
     /// This step, which must have succeeded.
     #[track_caller]
     pub fn green(self) -> Self {
         assert_eq!(self.status, Some(0), "{}{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// This step, whose output gives the runner no commands but those that the action has reason to
+    /// give.
+    #[track_caller]
+    fn with_no_foreign_command(self) -> Self {
+        const OWN: [&str; 7] = [
+            "add-mask", "debug", "endgroup", "error", "group", "notice", "warning",
+        ];
+        for line in [&self.stdout, &self.stderr]
+            .into_iter()
+            .flat_map(|text| text.split(['\n', '\r']))
+        {
+            if let Some(command) = command(line) {
+                assert!(OWN.contains(&command), "{line}");
+            }
+        }
         self
     }
 
@@ -245,6 +274,7 @@ impl Job {
     /// The action's main step.
     pub fn setup(&self) -> Step {
         self.run(&self.environment, &[binary(), "setup"])
+            .with_no_foreign_command()
     }
 
     /// A step that is not the action's.
@@ -260,6 +290,7 @@ impl Job {
     /// The action's post step.
     pub fn report(&self) -> Step {
         self.run(&self.post_environment(), &[binary(), "report"])
+            .with_no_foreign_command()
     }
 
     /// Runs any command with the environment of the action's main step or post step.
