@@ -340,6 +340,15 @@ fn tell(
     } else if wishes.annotations {
         log.notice(TITLE, summary::annotation(&report));
     }
+    if let Some(folder) = state.state_dir.first_of_unknown_layout() {
+        log.notice(
+            TITLE,
+            format!(
+                "The cargo cache does not know the layout of cargo's build directory ({folder}). \
+                 Dependencies went through sccache instead."
+            ),
+        );
+    }
     Outcome::Done
 }
 

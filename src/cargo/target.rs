@@ -132,6 +132,22 @@ pub fn find(target: &Path, home: &Path) -> io::Result<Found> {
     Ok(found)
 }
 
+/// Whether what a compile writes to `output`, cargo's `--out-dir`, is in a layout of which [`find`] reads
+/// units: `PROFILE/deps` or `PROFILE/build/NAME-HASH`, with cargo's fingerprints in the same profile. Cargo
+/// makes their folder before it compiles (`prepare` in its `src/compiler/layout.rs`); in the layout that is
+/// cargo's own since 1.100 it makes none, and writes to `PROFILE/build/PACKAGE/HASH/out`.
+pub fn is_known_output(output: &Path) -> bool {
+    let Some(parent) = output.parent() else {
+        return false;
+    };
+    let profile = match (name(output), name(parent)) {
+        ("deps", _) => Some(parent),
+        (_, "build") => parent.parent(),
+        _ => None,
+    };
+    profile.is_some_and(|profile| profile.join(".fingerprint").is_dir())
+}
+
 /// The folders of profiles: those with fingerprints.
 fn profiles(target: &Path) -> io::Result<Vec<PathBuf>> {
     let is_profile = |folder: &Path| folder.join(".fingerprint").is_dir();

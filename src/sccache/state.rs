@@ -100,6 +100,7 @@ pub fn sccache_on_path(environment: &Environment) -> Option<PathBuf> {
 ///                 absent where the set-up failed
 /// about           what any step may know of the set-up, for the commands `stats` and `doctor`
 /// kept-by-cargo   which compiles the cargo cache keeps the outcome of; absent where it keeps none
+/// unknown-layout  the first folder of a layout that the cargo cache does not know; absent where all is known
 /// uncached        a line per compile that ran without sccache, with the reason
 /// other-users/    for each other user whose steps compiled, a byte per compile
 /// given-up        why sccache is not asked any more; absent where it is
@@ -307,17 +308,32 @@ impl StateDir {
         )
     }
 
+    fn unknown_layout(&self) -> PathBuf {
+        self.root.join("unknown-layout")
+    }
+
+    /// Notes that cargo compiled a dependency into `output`, a folder of a layout that the cargo cache
+    /// does not know. The first stays.
+    pub fn note_unknown_layout(&self, output: &Path) {
+        write_first(
+            &self.unknown_layout(),
+            output.as_os_str().as_encoded_bytes(),
+        );
+    }
+
+    /// The first such folder, where there was one.
+    pub fn first_of_unknown_layout(&self) -> Option<String> {
+        let text = fs::read(self.unknown_layout()).ok()?;
+        Some(String::from_utf8_lossy(&text).into_owned())
+    }
+
     fn given_up(&self) -> PathBuf {
         self.root.join("given-up")
     }
 
     /// Has later compiles not ask sccache, for this reason. The first reason stays.
     pub fn give_up(&self, why: &str) {
-        let _ = OpenOptions::new()
-            .create_new(true)
-            .write(true)
-            .open(self.given_up())
-            .and_then(|mut file| file.write_all(why.as_bytes()));
+        write_first(&self.given_up(), why.as_bytes());
     }
 
     /// Whether compiles are not to ask sccache any more.
@@ -405,6 +421,15 @@ impl StateDir {
         let text = String::from_utf8_lossy(&text);
         text.lines().next().map(str::to_owned)
     }
+}
+
+/// Writes a file that is not there yet. A note that cannot be written is let go.
+fn write_first(path: &Path, text: &[u8]) {
+    let _ = OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(text));
 }
 
 /// Puts `line` at the end of the file. A note that cannot be written is let go: the compile matters more.

@@ -25,6 +25,7 @@ use std::time::Instant;
 use self::call::Change;
 use self::protocol::{Colour, Compile, Dialect, Finished};
 use self::server::{Asked, Server};
+use crate::cargo::target;
 use crate::sccache::rights::Before;
 use crate::sccache::state::{SetUpSccache, StateDir};
 
@@ -270,7 +271,8 @@ fn compile_of(arguments: &[OsString]) -> Option<(&Path, &[OsString])> {
 }
 
 /// Whether a compile is one of a dependency whose outcome the cargo cache keeps: sccache would keep
-/// the same bytes a second time, and know of no build that these could serve and those could not.
+/// the same bytes a second time, and know of no build that these could serve and those could not. Where the
+/// cargo cache does not know the layout of the build directory it keeps nothing of it, so sccache does.
 fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
     let is_out_dir = |argument: &OsString| argument == "--out-dir";
     let Some(at) = arguments.iter().position(is_out_dir) else {
@@ -284,7 +286,14 @@ fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
     };
     let sources = arguments.iter().map(Path::new);
     let mut sources = sources.filter(|path| path.extension() == Some(OsStr::new("rs")));
-    sources.any(|source| kept.keeps(source, output))
+    if !sources.any(|source| kept.keeps(source, output)) {
+        return false;
+    }
+    let is_known = target::is_known_output(output);
+    if !is_known {
+        state.note_unknown_layout(output);
+    }
+    is_known
 }
 
 /// `sccache --show-stats` and its kin: there is nothing to fall back to.
@@ -391,13 +400,13 @@ fn failure_told(stderr: &[u8]) -> Option<String> {
     let said = text
         .lines()
         .filter_map(|line| line.strip_prefix(SCCACHE_SPEAKS));
-    let causes = said
+    let mut causes = said
         .clone()
         .filter_map(|line| line.strip_prefix("caused by: "));
     // The first line may only announce the second.
     let announced = |line: &&str| line.starts_with("encountered fatal error");
     let line = causes
-        .last()
+        .next_back()
         .or_else(|| said.clone().find(|line| !announced(line)))
         .or_else(|| said.clone().next());
     line.map(str::to_owned)

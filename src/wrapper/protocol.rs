@@ -25,9 +25,13 @@ pub struct Dialect {
     finished: u32,
 }
 
-/// The versions whose server is spoken to directly: from, up to and with, how. Their `src/protocol.rs`
-/// was read, and `tests/it/wrapper.rs` compiles through the newest and the oldest of each row and some between.
-const DIALECTS: [((u64, u64, u64), (u64, u64, u64), Dialect); 2] = [
+/// Major, minor and patch of a version.
+type Numbers = (u64, u64, u64);
+
+/// The versions whose server is spoken to directly: from, up to and with, how. The `src/protocol.rs` of
+/// several of each row was read, and `tests/it/wrapper.rs` compiles through the oldest, the newest and some
+/// between.
+const DIALECTS: [(Numbers, Numbers, Dialect); 2] = [
     ((0, 4, 0), (0, 7, 6), Dialect { finished: 4 }),
     // `Response::ZeroStats` came, before it.
     ((0, 7, 7), (0, 19, 0), Dialect { finished: 5 }),

@@ -598,3 +598,28 @@ fn cargo_goes_through_sccache_alone_where_its_cache_is_switched_off() {
         assert!(!report.stdout.contains("Cargo cache"), "{}", report.stdout);
     }
 }
+
+#[test]
+fn dependencies_in_a_layout_that_is_not_known_go_through_sccache_with_one_notice() {
+    let repository = Repository::new();
+    for is_warm in [false, true] {
+        let mut job = repository.job();
+        // Cargo's own layout since 1.100, which 1.95 has behind a switch.
+        job.job.set("RUSTC_BOOTSTRAP", "1");
+        job.job.set("CARGO_UNSTABLE_BUILD_DIR_NEW_LAYOUT", "true");
+        job.set_up();
+        let (_, compiled) = job.build();
+        assert!(compiled.iter().any(|name| name == "beta"), "{compiled:?}");
+        assert_eq!(job.said(), SAID);
+        let report = job.report();
+        assert!(report.warnings().is_empty(), "{}", report.stdout);
+        let notices = report.stdout.matches("does not know the layout").count();
+        assert_eq!(notices, 1, "{}", report.stdout);
+        // The libraries alpha, beta and member: sccache has no key for what is linked.
+        let counts = match is_warm {
+            true => "(3 hits, 0 misses, ",
+            false => "(0 hits, 3 misses, ",
+        };
+        assert!(report.stdout.contains(counts), "{}", report.stdout);
+    }
+}
