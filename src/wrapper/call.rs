@@ -81,12 +81,13 @@ enum Remedy {
 /// A kind of call for which some versions of sccache give what belongs to another call.
 struct WrongKey {
     applies: fn(&CCall<'_>) -> bool,
-    /// The first version that is wrong. None that was tried later is right.
+    /// The first version that is taken to be wrong: the oldest that is spoken to where no older one was tried.
     since: (u64, u64, u64),
     remedy: Remedy,
 }
 
-/// Each was reproduced, with sccache alone, by the newest version of those below.
+/// Each was seen with sccache alone, in 0.16.0 or 0.19.0; a version between the first and these was not tried
+/// by itself.
 const WRONG_KEYS: [WrongKey; 4] = [
     // mozilla/sccache#2562, phusion/passenger#2678: gcc's precompiled header is digested without the headers
     // in it, so a changed macro or comment gives the old one. clang's is never in the cache.
