@@ -536,29 +536,47 @@ mod tests {
     fn a_dependency_that_the_cargo_cache_keeps_is_not_kept_twice() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateDir::create(parent.path(), None).unwrap();
+        let target = |inner: &str| parent.path().join(inner);
+        for folder in [
+            "w/debug/.fingerprint",
+            "w/debug/deps",
+            "w/release/deps",
+            "other/debug/.fingerprint",
+        ] {
+            fs::create_dir_all(target(folder)).unwrap();
+        }
         let compile = |source: &str, output: &str| {
-            let arguments = ["--crate-name", "a", source, "--out-dir", output];
+            let output = target(output).display().to_string();
+            let arguments = ["--crate-name", "a", source, "--out-dir", &output];
             is_kept_by_cargo(&state, &words(&arguments))
         };
         let dependency = "/c/registry/src/r/a-1.0.0/src/lib.rs";
-        assert!(!compile(dependency, "/w/target/debug/deps"));
+        assert!(!compile(dependency, "w/debug/deps"));
         let commit = "1234567890abcdef1234567890abcdef12345678";
         let kept = KeptByCargo {
             home: "/c".into(),
-            targets: vec!["/w/target".into()],
+            targets: vec![target("w")],
             packages: ["a-1.0.0".to_owned(), commit.to_owned()].into(),
         };
         state.set_kept_by_cargo(&kept).unwrap();
-        assert!(compile(dependency, "/w/target/debug/deps"));
+        assert!(compile(dependency, "w/debug/deps"));
         let of_git = "/c/git/checkouts/a/1234567/src/lib.rs";
-        assert!(compile(of_git, "/w/target/debug/deps"));
-        assert!(!compile(dependency, "/other/target/debug/deps"));
+        assert!(compile(of_git, "w/debug/deps"));
+        assert!(!compile(dependency, "other/debug/deps"));
         let other = "/c/registry/src/r/a-1.0.1/src/lib.rs";
-        assert!(!compile(other, "/w/target/debug/deps"));
+        assert!(!compile(other, "w/debug/deps"));
         let other = "/c/git/checkouts/a/1234568/src/lib.rs";
-        assert!(!compile(other, "/w/target/debug/deps"));
-        assert!(!compile("src/lib.rs", "/w/target/debug/deps"));
-        assert!(!compile("/w/vendor/a/src/lib.rs", "/w/target/debug/deps"));
+        assert!(!compile(other, "w/debug/deps"));
+        assert!(!compile("src/lib.rs", "w/debug/deps"));
+        assert!(!compile("/w/vendor/a/src/lib.rs", "w/debug/deps"));
+        assert!(compile(dependency, "w/debug/build/a-0123456789abcdef"));
+        // Layouts that the cargo cache does not know: it will not save what is written there.
+        assert_eq!(state.first_of_unknown_layout(), None);
+        assert!(!compile(dependency, "w/debug/build/a/0123456789abcdef/out"));
+        assert!(!compile(dependency, "w/release/deps"));
+        let first = target("w/debug/build/a/0123456789abcdef/out");
+        let first = first.display().to_string();
+        assert_eq!(state.first_of_unknown_layout(), Some(first));
         assert!(!is_kept_by_cargo(&state, &words(&["-vV"])));
         assert!(!is_kept_by_cargo(
             &state,
