@@ -358,8 +358,11 @@ mod tests {
             std::fs::set_permissions(bin.join(&name), std::fs::Permissions::from_mode(0o755))
                 .unwrap();
         }
-        let expected = bin.join(&name).into_os_string();
-        let find = |compiler: &Path| full_path(compiler, Some(bin.clone().into()), folder.path());
+        let expected = bin.join(&name);
+        let find = |compiler: &Path| {
+            let found = full_path(compiler, Some(bin.clone().into()), folder.path());
+            found.map(std::path::PathBuf::from)
+        };
         assert_eq!(find(Path::new("cc")), Some(expected.clone()));
         assert_eq!(find(&bin.join("cc")), Some(expected.clone()));
         assert_eq!(find(Path::new("bin/cc")), Some(expected));
