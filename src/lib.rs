@@ -18,6 +18,7 @@ pub mod sccache;
 #[cfg(feature = "serve")]
 pub mod serve;
 pub mod service;
+pub mod stop_signal;
 pub mod store;
 pub mod words;
 pub mod wrapper;

@@ -22,6 +22,7 @@ use crate::service::runtime_token::scope_of;
 use crate::service::store::Scope;
 use crate::service::token_check::{GITHUB_ISSUER, Issuer, Keys, RuntimeTokens, Secret};
 use crate::service::{self, Config, Gate, ServiceError};
+use crate::stop_signal::stop_signal;
 
 /// The scope of tokens that name none.
 const DEFAULT_SCOPE: &str = "refs/heads/main";
@@ -327,6 +328,7 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
     if options.unchecked_tokens && !options.listen.ip().is_loopback() {
         warn!("tokens are not checked and other machines reach this service");
     }
+    // From here on, so that none is missed while the store is opened.
     let stop = stop_signal()?;
     let config = Config {
         storage: options.storage(),
@@ -349,29 +351,6 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
         }
     }
     Ok(())
-}
-
-/// Ends when the process is told to: by an interrupt from the keyboard, or by a service manager.
-#[cfg(unix)]
-fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    // From here on, so that none is missed while the store is opened.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-}
-
-/// Ends when the process is told to by an interrupt from the keyboard.
-#[cfg(not(unix))]
-fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    Ok(async {
-        let _ = tokio::signal::ctrl_c().await;
-    })
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use crate::install::{self, InstallError, Installed, Platform};
 use crate::sccache::server::{self, Server, ServerError, ServerProcess};
 use crate::sccache::state::{SetUpSccache, StateDir, sccache_on_path};
 use crate::sccache::stats::Stats;
+use crate::stop_signal::stop_signal;
 use crate::wrapper;
 
 const TITLE: &str = "sccache";
@@ -99,9 +100,11 @@ impl Ready {
 /// Runs the step to its end, or until the job is cancelled: then what it started is ended, and later
 /// steps are told that there is no sccache. Parameters are those of [`run`].
 pub async fn run_unless_cancelled(environment: &Environment, program: &Path, log: &Log) -> Outcome {
+    // From here on: the first thing that the set-up does is to copy files.
+    let cancelled = cancelled();
     tokio::select! {
         outcome = run(environment, program, log) => outcome,
-        () = cancelled() => {
+        () = cancelled => {
             log.info("The set-up was cancelled; what it had started is ended.");
             let reason = "the job was cancelled during the set-up".to_owned();
             let setup = Setup::Failed { reason };
@@ -113,26 +116,14 @@ pub async fn run_unless_cancelled(environment: &Environment, program: &Path, log
 }
 
 /// Ends when the runner cancels the job: it sends SIGINT, SIGTERM 7.5 s later, and kills 2.5 s after.
-#[cfg(unix)]
-async fn cancelled() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let signals = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-    );
-    let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-    }
-}
-
-#[cfg(not(unix))]
-async fn cancelled() {
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending().await
+/// A job whose signals cannot be had is set up all the same.
+fn cancelled() -> impl Future<Output = ()> {
+    let signal = stop_signal();
+    async move {
+        match signal {
+            Ok(signal) => signal.await,
+            Err(_) => std::future::pending().await,
+        }
     }
 }
 

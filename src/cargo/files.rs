@@ -331,7 +331,7 @@ impl<'a> Placing<'a> {
         Ok(())
     }
 
-    /// Refuses a path one of whose folders below the root is a symbolic link, whoever made it.
+    /// Refuses a path one of whose folders below the root is a symbolic link, no matter who made it.
     fn leads_through_no_link(&self, place: &Path) -> Result<(), PutError> {
         let refused = || PutError::Outside(place.display().to_string());
         let below = place.strip_prefix(self.root).map_err(|_| refused())?;

@@ -219,10 +219,7 @@ impl Server {
                 return Err(ServerError::TimedOut { call, limit });
             }
         };
-        let reason = match shortened(&[reason.into_bytes()]) {
-            reason if reason.is_empty() => NO_REASON.to_owned(),
-            reason => reason,
-        };
+        let reason = shortened(&[reason.into_bytes()]);
         Err(ServerError::NotStarted { reason })
     }
 

@@ -37,7 +37,7 @@ const TOOLS: [&str; 20] = [
 
 /// The name of a program without folder, `.exe` and what a toolchain puts before and behind it:
 /// `ar` of `/b/x86_64-linux-gnu-gcc-ar-12`.
-fn bare_name(program: &Path) -> Cow<'_, str> {
+fn bare_name(program: &Path) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy();
     let name = name.strip_suffix(".exe").unwrap_or(&name);
     let is_version = |part: &&str| {
@@ -49,17 +49,17 @@ fn bare_name(program: &Path) -> Cow<'_, str> {
         .find(|part| !is_version(part))
         .unwrap_or(name);
     let last = last.split_once('.').map_or(last, |(stem, _)| stem);
-    Cow::Owned(last.to_owned())
+    last.to_owned()
 }
 
 /// Whether `program` is one of a toolchain's tools that compile nothing.
 pub fn is_tool(program: &Path) -> bool {
-    TOOLS.contains(&bare_name(program).as_ref())
+    TOOLS.contains(&bare_name(program).as_str())
 }
 
 fn is_c_compiler(program: &Path) -> bool {
     matches!(
-        bare_name(program).as_ref(),
+        bare_name(program).as_str(),
         "cc" | "c++" | "gcc" | "g++" | "clang" | "clang++"
     )
 }
@@ -186,7 +186,7 @@ struct CCall<'a> {
     measures_coverage: bool,
     /// That nothing but -o names outputs.
     output_is_plain: bool,
-    /// Only preprocessed, or linked.
+    /// That what it compiles to is assembly.
     makes_assembly: bool,
 }
 

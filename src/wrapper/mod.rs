@@ -183,13 +183,17 @@ fn server_to_ask(setup: &SetUpSccache) -> Option<Server> {
     if others.iter().any(|name| std::env::var_os(name).is_some()) {
         return None;
     }
-    let port = std::env::var("SCCACHE_SERVER_PORT").ok();
     Some(Server {
         // A step that clears its environment still belongs to this job.
-        port: port.and_then(|port| port.parse().ok()).or(setup.port)?,
+        port: port_of_step().or(setup.port)?,
         dialect: Dialect::of(setup.version.as_ref()?)?,
         relay: setup.relay,
     })
+}
+
+/// The port at which this step's sccache asks its server, where the step says so.
+fn port_of_step() -> Option<u16> {
+    std::env::var("SCCACHE_SERVER_PORT").ok()?.parse().ok()
 }
 
 /// Has the server compile, and prints what the compiler did.
@@ -307,8 +311,7 @@ fn call_to_sccache(setup: &SetUpSccache, arguments: &[OsString]) -> ExitCode {
 }
 
 fn server_listens(setup: &SetUpSccache) -> bool {
-    let port = std::env::var("SCCACHE_SERVER_PORT").ok();
-    let Some(port) = port.and_then(|port| port.parse::<u16>().ok()) else {
+    let Some(port) = port_of_step() else {
         return false;
     };
     let listens = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();

@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::protocol::{
     ANSWER_LIMIT, Answer, Compile, Dialect, Finished, answer, statistics_message,
 };
+use crate::action::environment::is_executable;
 
 /// How long the server may be silent before it, and the relay behind it, are asked whether they live.
 /// A compile may take as long as it likes: what counts is that these answer.
@@ -234,22 +235,17 @@ pub fn full_path(compiler: &Path, path: Option<OsString>, folder: &Path) -> Opti
     std::env::split_paths(&path).find_map(|each| found(folder.join(each).join(compiler)))
 }
 
-#[cfg(unix)]
-fn found(program: std::path::PathBuf) -> Option<OsString> {
-    use std::os::unix::fs::PermissionsExt;
-    let metadata = std::fs::metadata(&program).ok()?;
-    (metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
-        .then(|| program.into_os_string())
-}
-
-#[cfg(not(unix))]
-fn found(program: std::path::PathBuf) -> Option<OsString> {
-    if program.is_file() {
+/// `program`, or the file that Windows takes for it.
+fn found(program: PathBuf) -> Option<OsString> {
+    if is_executable(&program) {
         return Some(program.into_os_string());
+    }
+    if std::env::consts::EXE_SUFFIX.is_empty() {
+        return None;
     }
     let mut program = program.into_os_string();
     program.push(std::env::consts::EXE_SUFFIX);
-    Path::new(&program).is_file().then_some(program)
+    is_executable(Path::new(&program)).then_some(program)
 }
 
 #[cfg(test)]
@@ -361,7 +357,7 @@ mod tests {
         let expected = bin.join(&name);
         let find = |compiler: &Path| {
             let found = full_path(compiler, Some(bin.clone().into()), folder.path());
-            found.map(std::path::PathBuf::from)
+            found.map(PathBuf::from)
         };
         assert_eq!(find(Path::new("cc")), Some(expected.clone()));
         assert_eq!(find(&bin.join("cc")), Some(expected.clone()));
