@@ -1,5 +1,5 @@
-//! What the cargo cache costs and brings, beside an archive of cargo's folders as `rust-cache` and
-//! `actions/cache` make it, and beside sccache alone.
+//! The costs and gains of the cargo cache, beside an archive of cargo's folders in the way of
+//! `rust-cache` and `actions/cache`, and beside sccache alone.
 //!
 //! Each contender runs the same ten jobs on an empty cache: a first one, one that changes nothing,
 //! and then those that change the workspace's code or one dependency more. After them a job of
@@ -15,8 +15,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "cargo/crates.rs"]
+mod crates;
+#[path = "shared/distance.rs"]
+mod distance;
 #[path = "cargo/job.rs"]
 mod job;
+#[path = "shared/json.rs"]
+mod json;
 #[path = "cargo/project.rs"]
 mod project;
 #[path = "../tests/it/support/registry.rs"]
@@ -31,7 +37,7 @@ mod tools;
 #[allow(dead_code, reason = "tests use the rest")]
 mod upstream;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -39,10 +45,11 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use distance::Distance;
 use job::{Occasion, Times};
 use project::Project;
 use registry::Registry;
-use upstream::{Counts, Upstream};
+use upstream::Counts;
 
 /// Measures whole jobs of a Rust project, with the cargo cache and without.
 #[derive(Debug, Parser)]
@@ -51,30 +58,38 @@ struct Options {
     /// Only these contenders
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     only: Vec<Contender>,
-    /// What a call of the cache service's API takes
-    #[arg(long, default_value_t = 40, value_name = "MS")]
-    api_latency_ms: u64,
-    /// What an upload or a download takes before its first byte
-    #[arg(long, default_value_t = 25, value_name = "MS")]
-    blob_latency_ms: u64,
-    /// How many entries may be made in any 60 seconds
-    #[arg(long, default_value_t = 200, value_name = "N")]
-    uploads_per_minute: u32,
+    #[command(flatten)]
+    distance: Distance,
     /// The version of sccache, one of those that tests/tools.sh fetches
     #[arg(long, default_value = "0.16.0", value_name = "VERSION")]
     sccache: String,
     /// The other toolchain; without it the first that rustup lists besides the default one
     #[arg(long, value_name = "TOOLCHAIN")]
     toolchain: Option<String>,
+    /// Cargo's layout of its build directory
+    #[arg(long, default_value = "older", value_name = "LAYOUT")]
+    layout: BuildLayout,
     /// How many jobs the sequence has
     #[arg(long, default_value_t = 10, value_name = "N")]
     jobs: usize,
+    /// Writes the rows to this file too, for docs/pictures/charts
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// Runs one job and prints what it took, for the benchmark's own use
     #[arg(long, hide = true, value_name = "JSON")]
     one: Option<String>,
     /// What cargo adds for benchmarks of its own kind
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// Cargo's layout of its build directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+enum BuildLayout {
+    /// That of cargo up to 1.99
+    Older,
+    /// That of cargo 1.100 and newer, which earlier ones have behind a switch
+    Newer,
 }
 
 /// How what cargo needs is kept between jobs.
@@ -103,6 +118,32 @@ struct Row {
     wall: Duration,
     counts: Counts,
     stored: u64,
+}
+
+impl Row {
+    /// The time of the job: of jobs at the same time until the last of them was done.
+    fn total(&self) -> Duration {
+        match self.name.as_str() {
+            "three jobs at once" => self.wall,
+            _ => self.times.total(),
+        }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let seconds = |time: Duration| json::rounded(time.as_secs_f64());
+        serde_json::json!({
+            "contender": self.contender.name(),
+            "job": self.name,
+            "setup_seconds": seconds(self.times.setup),
+            "build_seconds": seconds(self.times.build),
+            "post_seconds": seconds(self.times.post),
+            "seconds": seconds(self.total()),
+            "compiled": self.times.compiled,
+            "bytes_up": self.counts.bytes_up,
+            "bytes_down": self.counts.bytes_down,
+            "bytes_stored": self.stored,
+        })
+    }
 }
 
 fn main() {
@@ -135,14 +176,23 @@ fn main() {
         }
     }
     println!(
-        "\n{}\nsccache {}, {} ms to the API, {} ms to content, {} uploads a minute\n\n{}",
+        "\n{}, in the {} layout\nsccache {}, {}\n\n{}",
         project.description(),
+        options.layout.to_possible_value().unwrap().get_name(),
         options.sccache,
-        options.api_latency_ms,
-        options.blob_latency_ms,
-        options.uploads_per_minute,
+        options.distance,
         table(&rows)
     );
+    if let Some(file) = &options.json {
+        let settings = serde_json::json!({
+            "sccache": options.sccache,
+            "layout": options.layout.to_possible_value().unwrap().get_name(),
+            "jobs": options.jobs,
+            "distance": options.distance,
+        });
+        let rows: Vec<_> = rows.iter().map(Row::json).collect();
+        json::write(file, "cargo", &settings, &rows);
+    }
 }
 
 /// A toolchain that is not the default one.
@@ -177,11 +227,7 @@ fn measure(
     place: &Path,
     toolchain: Option<&str>,
 ) -> Vec<Row> {
-    let upstream = Upstream::start(upstream::Options {
-        api_latency: Duration::from_millis(options.api_latency_ms),
-        blob_latency: Duration::from_millis(options.blob_latency_ms),
-        uploads_per_minute: Some(options.uploads_per_minute),
-    });
+    let upstream = options.distance.start();
     let occasion = |code: usize, bumps: usize| Occasion {
         contender,
         place: place.to_owned(),
@@ -191,6 +237,7 @@ fn measure(
         service: (upstream.url.clone(), upstream.token.clone()),
         job: "build".to_owned(),
         toolchain: None,
+        layout: options.layout,
     };
     let mut rows = Vec::new();
     let mut run = |name: &str, occasions: &[Occasion]| {
@@ -324,17 +371,13 @@ fn table(rows: &[Row]) -> String {
             let ratio = row.times.total().as_secs_f64() / archive.times.total().as_secs_f64();
             format!("{ratio:.2}")
         });
-        let total = match row.name.as_str() {
-            "three jobs at once" => row.wall,
-            _ => row.times.total(),
-        };
         [
             row.contender.name(),
             row.name.clone(),
             seconds(row.times.setup),
             seconds(row.times.build),
             seconds(row.times.post),
-            seconds(total),
+            seconds(row.total()),
             ratio.unwrap_or_else(|| "-".to_owned()),
             row.times.compiled.to_string(),
             megabytes(row.counts.bytes_up),
@@ -355,9 +398,12 @@ fn table(rows: &[Row]) -> String {
     let mut text = String::new();
     for line in &lines {
         let cells = line.iter().zip(&widths).enumerate();
-        let cells = cells.map(|(column, (cell, width))| match column < 2 {
-            true => format!("{cell:<width$}"),
-            false => format!("{cell:>width$}"),
+        let cells = cells.map(|(column, (cell, width))| {
+            if column < 2 {
+                format!("{cell:<width$}")
+            } else {
+                format!("{cell:>width$}")
+            }
         });
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');

@@ -1,20 +1,24 @@
-//! What each way of keeping a build's objects between jobs costs and brings: without a cache, on a
-//! disk that stays, through the action, and in an archive as `actions/cache` saves it.
+//! The costs and gains of each way of keeping a build's objects between jobs: without a cache, on a
+//! disk that stays, through the action, and in an archive in the way of `actions/cache`.
 //!
 //! Each is measured in two jobs, the first with an empty cache and the second with what the first
 //! left. A job begins on an empty runner at the same paths, as GitHub's do.
 //!
 //! The cache service is a simulation of GitHub's, with its latency and its limit on uploads. It
-//! runs on the same cores as the build, and transfers are not slowed down, so what moves many bytes
-//! looks better here than there. The action's steps run without their launcher, which adds the
-//! start of node to each; `@actions/cache` has that in its times.
+//! runs on the same cores as the build, and transfers are not slowed down, so modes that move many
+//! bytes look better here than at GitHub. The action's steps run without their launcher, which adds
+//! the start of node to each; `@actions/cache` has that in its times.
 //!
 //! usage: cargo bench --bench modes -- --help     (needs tests/tools.sh to have run)
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "shared/distance.rs"]
+mod distance;
 #[path = "modes/job.rs"]
 mod job;
+#[path = "shared/json.rs"]
+mod json;
 #[path = "modes/project.rs"]
 mod project;
 #[path = "modes/relay.rs"]
@@ -30,15 +34,14 @@ mod tools;
 #[allow(dead_code, reason = "tests use the rest")]
 mod upstream;
 
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
 use tempfile::TempDir;
 
+use distance::Distance;
 use job::{JobResult, Occasion};
 use project::Project;
-use upstream::Upstream;
 
 /// Measures whole jobs, cold and warm, in each mode.
 #[derive(Debug, Parser)]
@@ -53,18 +56,14 @@ struct Options {
     /// Only these modes
     #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
     only: Vec<Mode>,
-    /// What a call of the cache service's API takes
-    #[arg(long, default_value_t = 40, value_name = "MS")]
-    api_latency_ms: u64,
-    /// What an upload or a download takes before its first byte
-    #[arg(long, default_value_t = 25, value_name = "MS")]
-    blob_latency_ms: u64,
-    /// How many entries may be made in any 60 seconds
-    #[arg(long, default_value_t = 200, value_name = "N")]
-    uploads_per_minute: u32,
+    #[command(flatten)]
+    distance: Distance,
     /// The version of sccache, one of those that tests/tools.sh fetches
     #[arg(long, default_value = "0.16.0", value_name = "VERSION")]
     sccache: String,
+    /// Writes the rows to this file too, for docs/pictures/charts
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// What cargo adds for benchmarks of its own kind
     #[arg(long, hide = true)]
     bench: bool,
@@ -108,21 +107,30 @@ impl Mode {
 fn main() {
     let options = Options::parse();
     use_the_shipped_binary();
-    // Before anything is measured that would be in vain.
+    // This fails before a measurement would be wasted.
     let sccache = tools::sccache(&options.sccache);
     tools::actions_cache(tools::ACTIONS_CACHE);
+    let mut rows = Vec::new();
     if options.c_files > 0 {
         let files = options.c_files;
-        measure(&options, &sccache, Project::C { files });
+        rows.extend(measure(&options, &sccache, Project::C { files }));
     }
     if options.crates == Switch::On {
         project::fetch_crates();
-        measure(&options, &sccache, Project::Rust);
+        rows.extend(measure(&options, &sccache, Project::Rust));
+    }
+    if let Some(file) = &options.json {
+        let settings = serde_json::json!({
+            "sccache": options.sccache,
+            "c_files": options.c_files,
+            "distance": options.distance,
+        });
+        json::write(file, "modes", &settings, &rows);
     }
 }
 
-/// Measures the binary in dist/, which is what users run, if it was built from this source. It is
-/// static, and a static program starts faster: that counts for the wrapper around each compile.
+/// Measures the binary in dist/, which users run, if it was built from this source. It is static,
+/// and a static program starts faster: this counts for the wrapper around each compile.
 fn use_the_shipped_binary() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let runner = sccache_action::install::Platform::current().runner();
@@ -137,8 +145,8 @@ fn use_the_shipped_binary() {
     }
 }
 
-/// Builds `project` in each mode and prints the table.
-fn measure(options: &Options, sccache: &Path, project: Project) {
+/// Builds `project` in each mode and prints the table. Gives its rows.
+fn measure(options: &Options, sccache: &Path, project: Project) -> Vec<serde_json::Value> {
     let mut results = Vec::new();
     for mode in Mode::value_variants() {
         let wanted = options.only.is_empty() || options.only.contains(mode);
@@ -147,29 +155,23 @@ fn measure(options: &Options, sccache: &Path, project: Project) {
         }
     }
     let Some(first) = results.first() else {
-        return;
+        return Vec::new();
     };
     println!(
-        "\n{}\nsccache {}, {} ms to the API, {} ms to content, {} uploads a minute\n\n{}",
+        "\n{}\nsccache {}, {}\n\n{}",
         project.description(first.compiles),
         options.sccache,
-        options.api_latency_ms,
-        options.blob_latency_ms,
-        options.uploads_per_minute,
+        options.distance,
         table::of(&results)
     );
+    let row = |result| table::json(project.name(), result);
+    results.iter().map(row).collect()
 }
 
 /// The cold job and the warm one, with an upstream of their own.
 fn both_jobs(options: &Options, sccache: &Path, project: Project, mode: Mode) -> [JobResult; 2] {
     let root = TempDir::new().unwrap();
-    let upstream = mode.needs_upstream().then(|| {
-        Upstream::start(upstream::Options {
-            api_latency: Duration::from_millis(options.api_latency_ms),
-            blob_latency: Duration::from_millis(options.blob_latency_ms),
-            uploads_per_minute: Some(options.uploads_per_minute),
-        })
-    });
+    let upstream = mode.needs_upstream().then(|| options.distance.start());
     ["cold", "warm"].map(|name| {
         eprintln!("{} {} {name} ...", project.name(), mode.name());
         if let Some(upstream) = &upstream {

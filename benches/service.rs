@@ -5,10 +5,10 @@
 //! and `sendfile`), so it is the measure of what this machine can do. The protocol of GitHub's cache
 //! needs three requests where nginx needs one PUT, and two where it needs one GET.
 //!
-//! The clients run in this process, on the same cores as the servers, and compare all that they
-//! receive with what was sent. So no rate here is what a server can do alone; ratios are fairer,
-//! and the CPU times say what a request costs. The figures of a phase are those of the round with
-//! the median time; the peak of memory is that of all rounds.
+//! The clients run in this process, on the same cores as the servers, and compare all bytes that
+//! they receive with those that were sent. So no rate here is the limit of a server alone; ratios
+//! are fairer, and the CPU times give the cost of a request. The figures of a phase are those of
+//! the round with the median time; the peak of memory is that of all rounds.
 //!
 //! A run within some minutes of another is slower at writing small entries on ext4, for both servers:
 //! it passes over the inodes of files that were just deleted.
@@ -21,6 +21,8 @@
 mod content;
 #[path = "service/http.rs"]
 mod http;
+#[path = "shared/json.rs"]
+mod json;
 #[path = "service/limits.rs"]
 mod limits;
 #[path = "service/server.rs"]
@@ -83,6 +85,9 @@ struct Options {
         allow_hyphen_values = true
     )]
     serve_args: String,
+    /// Writes the rows to this file too, for docs/pictures/charts
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// What `cargo bench` adds
     #[arg(long, hide = true)]
     bench: bool,
@@ -130,7 +135,7 @@ struct Bench {
     options: Options,
     nginx: PathBuf,
     folder: TempDir,
-    /// With what keys begin: what a database may have kept of other runs is not in the way.
+    /// The prefix of keys: entries that a database may have kept of other runs do not interfere.
     run: String,
 }
 
@@ -159,6 +164,7 @@ impl Bench {
              the resident memory\nof the service's process, of all of nginx's processes together.",
         );
         let mut failures = Vec::new();
+        let mut rows = Vec::new();
         for section in Section::value_variants() {
             let only = &self.options.only;
             if !only.is_empty() && !only.contains(section) {
@@ -171,7 +177,22 @@ impl Bench {
                 Section::Large => self.large(&mut table).await,
             };
             println!("\n{title}\n\n{}", table.markdown());
+            let section = section.to_possible_value().unwrap();
+            rows.extend(table.json(section.get_name()));
             failures.extend(table.failures());
+        }
+        if let Some(file) = &self.options.json {
+            let settings = serde_json::json!({
+                "cores": cores,
+                "entries": self.options.entries,
+                "concurrency": self.options.concurrency,
+                "connections": self.options.connections,
+                "large_gib": self.options.large,
+                "rounds": self.options.rounds,
+                "large_rounds": self.options.large_rounds,
+                "serve_args": self.options.serve_args,
+            });
+            json::write(file, "service", &settings, &rows);
         }
         for failure in failures.iter().take(20) {
             eprintln!("{failure}");
@@ -190,8 +211,8 @@ impl Bench {
         TempDir::new_in(self.folder.path()).unwrap()
     }
 
-    /// A folder for many files, which stay until the end: ext4 passes over what was deleted in the
-    /// last minutes when it looks for a free inode, and the next section would pay for that.
+    /// A folder for many files, which stay until the end: ext4 skips inodes that were freed in the
+    /// last minutes when it looks for a free one, and the next section would pay for that.
     fn lasting_subfolder(&self) -> PathBuf {
         self.subfolder().keep()
     }
@@ -349,7 +370,7 @@ impl Bench {
             let base = "PUT in one";
             table.add(of(&nginx, [base, base], 1, 1, &in_one, Task::Write).await);
             {
-                // An entry cannot be deleted, so that it gets a service of its own.
+                // Entries cannot be deleted, so each gets its own service.
                 let folder = self.subfolder();
                 let service = self.start_service(folder.path());
                 let name = ["Put Blob in one", base];
@@ -432,7 +453,7 @@ impl Bench {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     if i >= count {
-                        // Not closed as long as others are at work.
+                        // It stays open as long as others are at work.
                         return (connection, done);
                     }
                     let begin = Instant::now();
@@ -489,7 +510,7 @@ impl Bench {
     }
 }
 
-/// What one client did.
+/// The work of one client.
 #[derive(Default)]
 struct Done {
     latencies: Vec<Duration>,
@@ -498,7 +519,7 @@ struct Done {
     failures: Vec<String>,
 }
 
-/// Where each entry of `work` is downloaded from.
+/// The addresses from which the entries of `work` are downloaded.
 async fn paths(work: &Work) -> Vec<String> {
     let mut connection = Connection::open(work.site.address, BUFFERS[0])
         .await

@@ -14,30 +14,39 @@ const path = require('node:path');
 const DONE = 0;
 const FAILED = 1;
 
-const WITHOUT_CACHE = 'The build goes on without a cache.';
+const WITHOUT_CACHE = 'The build continues without a cache.';
 
+// The runner also takes `##[name]` for a command, wherever it stands in a line.
 function escapeMessage(text) {
-  return text.replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A');
+  const message = text.replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A');
+  return message.replace(/##\[/g, '## [');
 }
 
 function annotate(kind, text) {
   process.stdout.write(`::${kind} title=sccache-action::${escapeMessage(text)}\n`);
 }
 
+// Runners that run the binary of another: Windows on Arm has an emulation of x64.
+const RUNS_OTHERS = { 'win32-arm64': 'win32-x64' };
+
 /** The path of the binary for this runner. Throws where there is none, or not the one we shipped. */
 function binary(folder) {
   const manifest = JSON.parse(fs.readFileSync(path.join(folder, 'manifest.json'), 'utf8'));
-  const runner = `${process.platform}-${process.arch}`;
+  const here = `${process.platform}-${process.arch}`;
+  const runner = Object.hasOwn(manifest.binaries, here) ? here : RUNS_OTHERS[here] || here;
   if (!Object.hasOwn(manifest.binaries, runner)) {
     const supported = Object.keys(manifest.binaries).sort().join(', ');
-    throw new Error(`There is no binary for ${runner}; there is one for ${supported}.`);
+    throw new Error(
+      `There is no binary of this action for ${here}; there is one for ${supported}. ` +
+        'sccache itself may have a release for it, which works without this action.',
+    );
   }
   const { file, sha256 } = manifest.binaries[runner];
   const program = path.join(folder, file);
   const actual = createHash('sha256').update(fs.readFileSync(program)).digest('hex');
   if (actual !== sha256) {
     throw new Error(
-      `${file} is not the binary this version was released with (sha256 ${actual}, ` +
+      `${file} does not match the manifest (sha256 ${actual}, ` +
         `expected ${sha256}). It was not run.`,
     );
   }
@@ -124,7 +133,7 @@ async function launch(command) {
     try {
       unsetMissingSccache();
     } catch (error) {
-      problem = `${problem} What names sccache could not be unset: ${error.message}`;
+      problem = `${problem} Could not unset the variables that name sccache: ${error.message}`;
     }
   }
   annotate('warning', problem);

@@ -4,11 +4,11 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::caches::{ListOptions, PruneOptions};
+use crate::commands::caches::{ListOptions, PruneOptions};
 #[cfg(feature = "serve")]
-use crate::serve::Options;
+use crate::serve::command::ServeOptions;
 
-/// The GitHub Action that makes sccache work on GitHub's cache.
+/// The GitHub Action that runs sccache on GitHub's cache.
 #[derive(Debug, Parser)]
 #[command(version, about, disable_help_subcommand = true)]
 pub struct Cli {
@@ -20,62 +20,64 @@ pub struct Cli {
 /// What the binary does.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The action's main step: install sccache, start its server, try it, tell later steps
+    /// The action's main step: install sccache, start its server, test it, set up later steps
     ///
-    /// Reads its inputs from INPUT_* variables and writes to the files that GITHUB_ENV,
-    /// GITHUB_PATH, GITHUB_OUTPUT and GITHUB_STATE name, as the runner has it.
+    /// Reads its inputs from INPUT_* variables, and writes to the runner's files in GITHUB_ENV,
+    /// GITHUB_PATH, GITHUB_OUTPUT and GITHUB_STATE.
     Setup,
-    /// The action's post step: tell how it went, stop the server
+    /// The action's post step: report the results, stop the server
     Report,
     /// The packed relay between sccache and GitHub's cache. The main step starts it
     ///
-    /// Reads its configuration from standard input and says its port on standard output.
+    /// Reads its configuration from standard input and prints its port on standard output.
     #[command(hide = true)]
     Relay,
-    /// A cache service that speaks GitHub's protocols: for self-hosted runners, act, Gitea, Forgejo
+    /// Run a cache service that speaks GitHub's protocols: for self-hosted runners, act, Gitea,
+    /// Forgejo
     ///
-    /// Says on standard output which variables its clients need. Without an option that says who
-    /// is let in, that is the bearer of a token which is made at the start and printed there.
+    /// Prints the variables that its clients need on standard output. Without an option for tokens
+    /// it makes a token at the start and prints it there.
     #[cfg(feature = "serve")]
-    Serve(Box<Options>),
-    /// A whole job on this machine, cold and then warm: set-up, a build, the summary
+    Serve(Box<ServeOptions>),
+    /// Run a whole job on this machine, cold and then warm: set-up, a build, the summary
     ///
-    /// Without a command it builds a small Rust and C project that it brings along. Other inputs of
-    /// the action are taken from INPUT_* variables.
+    /// Without a command it builds its own small project in Rust and C. It reads the action's other
+    /// inputs from INPUT_* variables.
     Rehearse {
-        /// The version of sccache: exact, a range or `latest`. Without it as without the input `version`
+        /// The version of sccache: exact, a range or `latest`. The default is that of the input
+        /// `version`
         #[arg(long)]
         sccache: Option<String>,
-        /// Where objects are kept, as the input `mode` has it. In mode local both jobs share a disk,
-        /// as they do on a self-hosted runner
+        /// The storage for objects, as in the input `mode`. In mode local both jobs share a disk,
+        /// as on a self-hosted runner
         #[arg(long)]
         mode: Option<String>,
-        /// Where sccache may come from, as the input `install-from` has it
+        /// The sources of sccache, as in the input `install-from`
         #[arg(long)]
         install_from: Option<String>,
-        /// The build to run, twice. It should begin by removing what it built before
+        /// The build to run, twice. It should first remove its earlier results
         #[arg(last = true, value_name = "COMMAND")]
         build: Vec<OsString>,
     },
-    /// The statistics of this job's sccache server so far, as a table
+    /// Print the statistics of this job's sccache server so far, as a table
     Stats {
-        /// As Markdown, as the job summary has it
+        /// As Markdown, as in the job summary
         #[arg(long, conflicts_with = "json")]
         markdown: bool,
-        /// As JSON; the documentation of `action::stats::json` says what is in it
+        /// As JSON; docs/stats.md describes the fields
         #[arg(long)]
         json: bool,
     },
-    /// Say what is wrong with the cache of this job or machine, and how to mend it
+    /// Diagnose cache problems of this job or machine, and suggest fixes
     ///
-    /// A line for each check: ok, note or wrong; below each that is not ok what can be done. Ends
-    /// with status 1 where something is wrong. No token is shown.
+    /// Prints a line for each check: ok, note or error. A fix follows each note and error. Exits
+    /// with status 1 if there is an error. Shows no token.
     Doctor {
         /// As JSON
         #[arg(long)]
         json: bool,
     },
-    /// The entries of a repository's cache: what there is, and away with what nobody needs
+    /// List or delete the entries of a repository's cache
     #[command(subcommand)]
     Caches(CachesCommand),
 }
@@ -83,11 +85,11 @@ pub enum Command {
 /// What is done with a repository's cache.
 #[derive(Debug, Subcommand)]
 pub enum CachesCommand {
-    /// List this action's packs: size, age, when they were last used
+    /// List this action's packs: size, age, last use
     List(ListOptions),
-    /// Say which entries would be deleted, and with --yes delete them
+    /// List the entries to delete, and delete them with --yes
     ///
-    /// What other tools stored is never deleted, but by its exact key.
+    /// Deletes another tool's entry only by its exact key.
     Prune(PruneOptions),
 }
 

@@ -1,4 +1,4 @@
-//! The command line: which part of the library this process is.
+//! The entry point: runs the command that the command line names.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, Read, Write};
@@ -6,17 +6,18 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use sccache_action::action::environment::Environment;
-use sccache_action::action::setup::Outcome;
-use sccache_action::action::workflow_command::{Log, Reader};
-use sccache_action::action::{report, setup, stats};
-use sccache_action::caches;
+use sccache_action::action::setup::SetupOutcome;
+use sccache_action::action::{report, setup};
 use sccache_action::cli::{CachesCommand, Cli, Command};
-use sccache_action::doctor;
-use sccache_action::rehearse::{self, Rehearsal};
+use sccache_action::commands::caches;
+use sccache_action::commands::doctor;
+use sccache_action::commands::rehearse::{self, Rehearsal};
+use sccache_action::commands::stats;
 use sccache_action::relay;
+use sccache_action::runner::environment::Environment;
+use sccache_action::runner::log::{Log, LogTarget, json_without_commands, without_commands};
 #[cfg(feature = "serve")]
-use sccache_action::serve;
+use sccache_action::serve::command;
 use sccache_action::wrapper;
 
 type Failure = Box<dyn std::error::Error>;
@@ -33,8 +34,9 @@ fn main() -> ExitCode {
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("sccache-action: {error}");
-            // Not 1, which the launcher takes for a failure that the user asked to see.
+            eprintln!("{}", without_commands(&format!("sccache-action: {error}")));
+            // The status is not 1, which the launcher takes for a failure that the user wants to
+            // see.
             ExitCode::from(3)
         }
     }
@@ -59,25 +61,26 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
     let environment = Environment::of_this_process();
     let log = || {
         let is_set = |name, value| environment.get(name) == Some(value);
-        let reader = match is_set("GITHUB_ACTIONS", "true") {
-            true => Reader::Runner,
-            false => Reader::Person,
+        let target = if is_set("GITHUB_ACTIONS", "true") {
+            LogTarget::GitHubActions
+        } else {
+            LogTarget::Terminal
         };
-        Log::new(io::stdout(), reader, is_set("RUNNER_DEBUG", "1"))
+        Log::new(io::stdout(), target, is_set("RUNNER_DEBUG", "1"))
     };
     match command {
         Command::Setup => {
             let program = std::env::current_exe()?;
             match setup::run_unless_cancelled(&environment, &program, &log()).await {
-                Outcome::Done => Ok(ExitCode::SUCCESS),
-                Outcome::Failed => Ok(ExitCode::FAILURE),
+                SetupOutcome::Done => Ok(ExitCode::SUCCESS),
+                SetupOutcome::Failed => Ok(ExitCode::FAILURE),
             }
         }
         Command::Report => {
             let program = std::env::current_exe()?;
             match report::run(&environment, &program, &log()).await {
-                report::Outcome::Done => Ok(ExitCode::SUCCESS),
-                report::Outcome::Failed => Ok(ExitCode::FAILURE),
+                report::ReportOutcome::Done => Ok(ExitCode::SUCCESS),
+                report::ReportOutcome::Failed => Ok(ExitCode::FAILURE),
             }
         }
         Command::Relay => {
@@ -88,40 +91,57 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         #[cfg(feature = "serve")]
         Command::Serve(options) => {
-            serve::run(*options).await?;
+            command::run(*options).await?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Stats { markdown, json } => {
-            let form = match (markdown, json) {
-                (true, _) => stats::Form::Markdown,
-                (false, true) => stats::Form::Json,
-                (false, false) => stats::Form::Table,
+            let format = match (markdown, json) {
+                (true, _) => stats::OutputFormat::Markdown,
+                (false, true) => stats::OutputFormat::Json,
+                (false, false) => stats::OutputFormat::Table,
             };
-            tell(&stats::run(&environment, form).await?)?;
+            let text = stats::run(&environment, format).await?;
+            if json && !markdown {
+                print_json(&text)?;
+            } else {
+                print(&text)?;
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Doctor { json } => {
             let program = std::env::current_exe()?;
-            let findings = doctor::examine(&environment, &program).await;
-            match json {
-                true => tell(&format!("{:#}\n", doctor::json(&findings)))?,
-                false => tell(&doctor::text(&findings))?,
+            let findings = doctor::run_checks(&environment, &program).await;
+            if json {
+                print_json(&format!("{:#}\n", doctor::json(&findings)))?;
+            } else {
+                print(&doctor::text(&findings))?;
             }
-            Ok(match doctor::is_well(&findings) {
-                true => ExitCode::SUCCESS,
-                false => ExitCode::FAILURE,
+            Ok(if doctor::is_ok(&findings) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
             })
         }
         Command::Caches(CachesCommand::List(options)) => {
-            tell(&caches::list(&environment, &options).await?)?;
+            let text = caches::list(&environment, &options).await?;
+            if options.json {
+                print_json(&text)?;
+            } else {
+                print(&text)?;
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Caches(CachesCommand::Prune(options)) => {
             let pruned = caches::prune(&environment, &options).await?;
-            tell(&pruned.text)?;
-            Ok(match pruned.complete {
-                true => ExitCode::SUCCESS,
-                false => ExitCode::FAILURE,
+            if options.json {
+                print_json(&pruned.text)?;
+            } else {
+                print(&pruned.text)?;
+            }
+            Ok(if pruned.complete {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
             })
         }
         Command::Rehearse {
@@ -148,29 +168,39 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             };
             let results = rehearse::run(&rehearsal).await?;
             for result in &results {
-                println!(
-                    "\n=== {} job: the summary\n\n{}",
+                print(&format!(
+                    "\n=== {} job: the summary\n\n{}\n",
                     result.job, result.summary
-                );
+                ))?;
             }
-            println!("{}", rehearse::table(&results));
+            print(&format!("{}\n", rehearse::table(&results)))?;
             Ok(ExitCode::SUCCESS)
         }
     }
 }
 
-/// Prints the outcome of a command. Whoever has read enough of it has not made it fail.
-fn tell(text: &str) -> io::Result<()> {
+/// Prints the outcome of a command without text that a runner takes for a command. A reader that
+/// closes the pipe early is no failure.
+fn print(text: &str) -> io::Result<()> {
+    print_all(&without_commands(text))
+}
+
+/// The same for JSON.
+fn print_json(text: &str) -> io::Result<()> {
+    print_all(&json_without_commands(text))
+}
+
+fn print_all(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
         _ => Ok(()),
     }
 }
 
-/// Ends where standard input does so before it said that the relay is to live on.
+/// Ends when standard input ends before it said that the relay is to live on.
 async fn abandoned() {
     let (tell, told) = tokio::sync::oneshot::channel();
-    // A thread of its own, since a read that is under way keeps a runtime from ending.
+    // This needs a thread of its own, since a pending read keeps a runtime from ending.
     std::thread::spawn(move || {
         let is_untied = matches!(io::stdin().read(&mut [0]), Ok(1));
         let _ = tell.send(is_untied);

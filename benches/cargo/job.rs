@@ -8,20 +8,19 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::Contender;
 use crate::project::member;
 use crate::runner::Job;
-use crate::tools;
+use crate::{BuildLayout, Contender};
 
 /// How many compiles run at the same time.
 const PARALLEL: &str = "2";
 
-/// What is run.
+/// The build.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Occasion {
     /// The contender.
     pub contender: Contender,
-    /// Where the runner is.
+    /// The runner's folder.
     pub place: PathBuf,
     /// The project's sources.
     pub sources: PathBuf,
@@ -33,11 +32,13 @@ pub struct Occasion {
     pub service: (String, String),
     /// The job's name.
     pub job: String,
-    /// Its toolchain, where it is not the default one.
+    /// Its toolchain, if it is not the default one.
     pub toolchain: Option<String>,
+    /// The layout of its build directory.
+    pub layout: BuildLayout,
 }
 
-/// What a job took.
+/// The measurements of a job.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Times {
     /// The time until the build could begin.
@@ -93,9 +94,10 @@ fn check_out(occasion: &Occasion) -> Job {
     // The place itself may be a mount.
     for entry in fs::read_dir(&occasion.place).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => fs::remove_dir_all(path).unwrap(),
-            false => fs::remove_file(path).unwrap(),
+        if path.is_dir() {
+            fs::remove_dir_all(path).unwrap();
+        } else {
+            fs::remove_file(path).unwrap();
         }
     }
     let mut job = Job::in_folder(occasion.place.clone());
@@ -109,6 +111,10 @@ fn check_out(occasion: &Occasion) -> Job {
     job.set("GITHUB_JOB", occasion.job.clone());
     job.use_service(&occasion.service.0, &occasion.service.1);
     job.set("ACTIONS_CACHE_SERVICE_V2", "on");
+    if occasion.layout == BuildLayout::Newer {
+        job.set("RUSTC_BOOTSTRAP", "1");
+        job.set("CARGO_UNSTABLE_BUILD_DIR_NEW_LAYOUT", "true");
+    }
     if let Some(toolchain) = &occasion.toolchain {
         job.set("RUSTUP_TOOLCHAIN", toolchain.clone());
     }
@@ -128,19 +134,20 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         let to = to.join(path.file_name().unwrap());
-        match path.is_dir() {
-            true => copy(&path, &to),
-            false => drop(fs::copy(&path, to).unwrap()),
+        if path.is_dir() {
+            copy(&path, &to);
+        } else {
+            fs::copy(&path, to).unwrap();
         }
     }
 }
 
-/// What comes before the build. Gives the key of the archive that was found.
+/// The time before the build. Gives the key of the archive that was found.
 fn set_up(occasion: &Occasion, job: &Job) -> String {
     match occasion.contender {
         Contender::Archive => {
             let (prefix, key) = keys(occasion, job);
-            let said = toolkit(job, false, "restore", &format!("{key},{prefix}"));
+            let said = archive(job, false, "restore", &format!("{key},{prefix}"));
             let found = said.lines().find_map(|line| line.strip_prefix("restored "));
             found.unwrap_or_else(|| panic!("{said}")).to_owned()
         }
@@ -153,14 +160,14 @@ fn set_up(occasion: &Occasion, job: &Job) -> String {
     }
 }
 
-/// What comes after the build.
+/// The time after the build.
 fn end(occasion: &Occasion, job: &Job, restored: &str) {
     match occasion.contender {
         Contender::Archive => {
             let (_, key) = keys(occasion, job);
             if restored != key {
                 clean(job);
-                let said = toolkit(job, true, "save", &key);
+                let said = archive(job, true, "save", &key);
                 assert!(
                     said.contains("saved ") && !said.contains("saved -1"),
                     "{said}"
@@ -177,8 +184,8 @@ fn end(occasion: &Occasion, job: &Job, restored: &str) {
     }
 }
 
-/// The prefix and the whole of an archive's key, made of what `rust-cache` makes its keys of where
-/// jobs share them (`shared-key`): the compiler, then the lockfile.
+/// The prefix and the whole of an archive's key, from the same parts as in `rust-cache` if jobs
+/// share a key (`shared-key`): the compiler, then the lockfile.
 fn keys(occasion: &Occasion, job: &Job) -> (String, String) {
     let mut rustc = Command::new("rustc");
     if let Some(toolchain) = &occasion.toolchain {
@@ -192,8 +199,8 @@ fn keys(occasion: &Occasion, job: &Job) -> (String, String) {
     (prefix, key)
 }
 
-/// Removes what `rust-cache` does before it saves: what is the workspace's own, what cargo unpacked,
-/// and what was compiled incrementally.
+/// Removes the files that `rust-cache` removes before it saves: the workspace's own, those that
+/// cargo unpacked, and incremental compiles.
 fn clean(job: &Job) {
     let profile = job.path("workspace/target/debug");
     let is_own = |name: &str| {
@@ -201,7 +208,8 @@ fn clean(job: &Job) {
         name.starts_with("server") || name.starts_with("member")
     };
     for folder in [".fingerprint", "deps", "build", "."] {
-        for entry in fs::read_dir(profile.join(folder)).unwrap() {
+        // One layout has all in `build`, the other in three folders.
+        for entry in fs::read_dir(profile.join(folder)).into_iter().flatten() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();
             let is_extra = folder == "." && ["incremental", "examples"].contains(&name);
@@ -218,7 +226,7 @@ fn clean(job: &Job) {
         for package in fs::read_dir(registry.unwrap().path()).unwrap() {
             let path = package.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();
-            // It keeps these for the times that their build scripts go by.
+            // It keeps these for the file times that their build scripts check.
             if !name.contains("-sys-") {
                 fs::remove_dir_all(path).unwrap();
             }
@@ -226,25 +234,14 @@ fn clean(job: &Job) {
     }
 }
 
-/// Runs the real `@actions/cache` as a step of the job.
-fn toolkit(job: &Job, post: bool, command: &str, keys: &str) -> String {
-    let script = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/it/support/actions_cache.mjs"
-    );
-    let modules = tools::actions_cache(tools::ACTIONS_CACHE)
-        .display()
-        .to_string();
+/// Saves or restores the archive of the registry and `target`.
+fn archive(job: &Job, post: bool, command: &str, keys: &str) -> String {
     let registry = job.path("cargo-home/registry").display().to_string();
     let git = job.path("cargo-home/git").display().to_string();
-    let command = [
-        "node", script, &modules, command, keys, &registry, &git, "target",
-    ];
-    let step = job.action_step(post, &command).green();
-    format!("{}{}", step.stdout, step.stderr)
+    job.toolkit(post, &[command, keys, &registry, &git, "target"])
 }
 
-/// What the launcher of a step takes besides.
+/// The additional time of a step's launcher.
 fn start_node(job: &Job, post: bool) {
     job.action_step(post, &["node", "--eval", "0"]).green();
 }

@@ -1,11 +1,11 @@
-//! The project that is built: the one of `benches/rust`, with a few crates of its own beside the
-//! program, and as it was before some of its dependencies were bumped.
+//! The project to build: `benches/rust`, with a few crates of its own beside the program, and in
+//! the state before some of its dependencies were bumped.
 
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use crate::crates::{cargo, publish};
 use crate::registry::Registry;
 
 /// The dependencies that are bumped one after the other: their names, the versions before, and those
@@ -43,7 +43,7 @@ impl Project {
             write_sources(&sources, bumps);
             let config = sources.join(".cargo");
             cargo(&sources, &["fetch", "--quiet"]);
-            // The lockfile of benches/rust has what is bumped as it is afterwards.
+            // The lockfile of benches/rust has the bumped dependencies in their later versions.
             for (name, before, _) in &BUMPED[bumps..] {
                 cargo(
                     &sources,
@@ -62,7 +62,7 @@ impl Project {
         }
     }
 
-    /// The sources after so many bumps.
+    /// The sources after this many bumps.
     pub fn sources(&self, bumps: usize) -> PathBuf {
         self.folder.join(format!("sources-{bumps}"))
     }
@@ -72,7 +72,7 @@ impl Project {
         BUMPED.len()
     }
 
-    /// What it is, in words.
+    /// A description of it.
     pub fn description(&self) -> String {
         format!(
             "a program and {MEMBERS} crates of its own on {} crates of a registry, cargo build",
@@ -81,7 +81,7 @@ impl Project {
     }
 }
 
-/// The text of a crate of the workspace, after so many changes of its code.
+/// The text of a crate of the workspace, after this many changes of its code.
 pub fn member(number: usize, code: usize) -> String {
     let mut text = String::from("use serde::{Deserialize, Serialize};\n");
     for kind in 0..TYPES {
@@ -150,79 +150,4 @@ fn insert_after_head(text: &str, inserted: &str) -> String {
     let head: Vec<&str> = text.lines().take_while(is_head).collect();
     let rest: Vec<&str> = text.lines().skip(head.len()).collect();
     format!("{}\n{inserted}{}\n", head.join("\n"), rest.join("\n"))
-}
-
-fn cargo(folder: &Path, arguments: &[&str]) {
-    let status = Command::new("cargo")
-        .args(arguments)
-        .current_dir(folder)
-        .status();
-    assert!(status.unwrap().success(), "cargo {arguments:?}");
-}
-
-/// Has the registry serve all packages of these lockfiles from what cargo has fetched. Says how many
-/// they are.
-fn publish(lockfiles: &str, registry: &Registry) -> usize {
-    let home = std::env::var_os("CARGO_HOME").map_or_else(
-        || Path::new(&std::env::var_os("HOME").unwrap()).join(".cargo"),
-        PathBuf::from,
-    );
-    let mut packages: Vec<(String, String)> = Vec::new();
-    let mut name = "";
-    let mut version = "";
-    for line in lockfiles.lines() {
-        let value = |key: &str| line.strip_prefix(key)?.strip_prefix(" = ");
-        if let Some(value) = value("name") {
-            name = value.trim_matches('"');
-        } else if let Some(value) = value("version") {
-            version = value.trim_matches('"');
-        } else if line.starts_with("source = ") {
-            packages.push((name.to_owned(), version.to_owned()));
-        }
-    }
-    packages.sort();
-    packages.dedup();
-    for (name, version) in &packages {
-        let archive = found(
-            &home.join("registry/cache"),
-            &format!("{name}-{version}.crate"),
-        );
-        let known = found(&home.join("registry/index"), &index_path(name));
-        let line = line_of(&fs::read(known).unwrap(), version);
-        let line = line.unwrap_or_else(|| panic!("the index has no {name} {version}"));
-        registry.add(name, version, line, fs::read(archive).unwrap().into());
-    }
-    packages.len()
-}
-
-/// The file at this path in any of the registries' folders.
-fn found(folder: &Path, path: &str) -> PathBuf {
-    let registries = fs::read_dir(folder).unwrap();
-    let mut paths = registries.map(|registry| registry.unwrap().path().join(path));
-    let found = paths.find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("{path} was not fetched"))
-}
-
-/// Where cargo keeps what a sparse index says of a name.
-fn index_path(name: &str) -> String {
-    let name = name.to_lowercase();
-    let folder = match name.len() {
-        1 => "1".to_owned(),
-        2 => "2".to_owned(),
-        3 => format!("3/{}", &name[..1]),
-        _ => format!("{}/{}", &name[..2], &name[2..4]),
-    };
-    format!(".cache/{folder}/{name}")
-}
-
-/// The index's line for a version: cargo keeps them behind a head of five bytes and a revision, as
-/// pairs of version and line that end in zeros (`IndexSummaries` of its `sources/registry/index`).
-fn line_of(cached: &[u8], version: &str) -> Option<String> {
-    let mut parts = cached.get(5..)?.split(|byte| *byte == 0).skip(1);
-    while let (Some(its), Some(line)) = (parts.next(), parts.next()) {
-        if its == version.as_bytes() {
-            return String::from_utf8(line.to_vec()).ok();
-        }
-    }
-    None
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sccache_action::action::runner_files::RunnerFiles;
+use sccache_action::runner::files::RunnerFiles;
 use sccache_action::sccache::server::{Server, ServerError, free_port};
 use sccache_action::sccache::stats::{ErrorKind, Stats};
 
@@ -13,7 +13,6 @@ use crate::Mode;
 use crate::project::{Project, TARGET};
 use crate::relay::{self, Relay};
 use crate::runner::Job;
-use crate::tools;
 use crate::upstream::{Counts, Upstream};
 
 /// The key of the archive in the cache service.
@@ -25,9 +24,9 @@ const STALL: Duration = Duration::from_secs(2);
 /// How often it is asked for them.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// What is run.
+/// The build.
 pub struct Occasion<'a> {
-    /// Where the job's folder is made, and what stays until the next job lies beside it.
+    /// The parent of the job's folder; the files that stay until the next job are beside that.
     pub root: &'a Path,
     /// The sccache.
     pub sccache: &'a Path,
@@ -37,7 +36,7 @@ pub struct Occasion<'a> {
     pub mode: Mode,
     /// `cold` or `warm`.
     pub name: &'static str,
-    /// The cache service, where the mode has one.
+    /// The cache service, if the mode has one.
     pub upstream: Option<&'a Upstream>,
 }
 
@@ -55,11 +54,11 @@ pub struct JobResult {
     pub report: Duration,
     /// How many compiles the build was, sccache's answers among them.
     pub compiles: usize,
-    /// sccache's statistics, where there is one.
+    /// sccache's statistics, if there are any.
     pub stats: Option<Stats>,
-    /// What the cache service was asked, where there is one.
+    /// The requests to the cache service, if there is one.
     pub counts: Option<Counts>,
-    /// The most memory that the relay had, in KiB, where there is one.
+    /// The peak memory of the relay, in KiB, if there is one.
     pub relay_peak: Option<u64>,
 }
 
@@ -130,7 +129,7 @@ fn empty_runner(occasion: &Occasion<'_>) -> Job {
         fs::remove_dir_all(&folder).unwrap();
     }
     let mut job = Job::in_folder(folder);
-    // A server that an interrupted benchmark leaves behind ends by itself.
+    // A server that an interrupted benchmark leaves behind ends itself.
     job.set("SCCACHE_IDLE_TIMEOUT", "600");
     if occasion.mode == Mode::Disk {
         let disk = occasion.root.join("disk-cache");
@@ -144,13 +143,13 @@ fn empty_runner(occasion: &Occasion<'_>) -> Job {
         job.use_sccache(occasion.sccache);
         job.set("INPUT_MODE", occasion.mode.name());
         job.set("INPUT_WRAP", occasion.project.wrap());
-        // What it brings is measured by a benchmark of its own.
+        // Another benchmark measures its effect.
         job.set("INPUT_CACHE-CARGO", "false");
     }
     job
 }
 
-/// What comes before the build.
+/// The time before the build.
 fn set_up(occasion: &Occasion<'_>, job: &Job) {
     match occasion.mode {
         Mode::None => {}
@@ -169,7 +168,7 @@ fn set_up(occasion: &Occasion<'_>, job: &Job) {
     }
 }
 
-/// What comes after the build.
+/// The time after the build.
 fn end(occasion: &Occasion<'_>, job: &Job, server: Option<&Server>) -> Option<Stats> {
     let stats = server.map(last_statistics);
     match occasion.mode {
@@ -213,7 +212,7 @@ fn stop_sccache(server: Option<&Server>) {
     }
 }
 
-/// The job's sccache server, where it has one.
+/// The job's sccache server, if it has one.
 fn server(job: &Job, sccache: &Path) -> Option<Server> {
     let exported = job.entries("GITHUB_ENV");
     let port = exported.get("SCCACHE_SERVER_PORT")?.parse().unwrap();
@@ -245,7 +244,7 @@ fn last_statistics(server: &Server) -> Stats {
 
 /// Restores `path` as the main step of `actions/cache` does.
 fn restore(occasion: &Occasion<'_>, job: &Job, path: &str) {
-    let said = toolkit(job, false, ["restore", KEY, path]);
+    let said = job.toolkit(false, &["restore", KEY, path]);
     let expected = match occasion.name {
         "cold" => "restored none",
         _ => "restored archive",
@@ -253,28 +252,13 @@ fn restore(occasion: &Occasion<'_>, job: &Job, path: &str) {
     assert!(said.contains(expected), "{said}");
 }
 
-/// Saves `path` as the post step of `actions/cache` does, which is not at all where its key was
-/// found.
+/// Saves `path` like the post step of `actions/cache`, which does nothing if its key was found.
 fn save(occasion: &Occasion<'_>, job: &Job, path: &str) {
     if occasion.name == "cold" {
-        let said = toolkit(job, true, ["save", KEY, path]);
+        let said = job.toolkit(true, &["save", KEY, path]);
         assert!(
             said.contains("saved ") && !said.contains("saved -1"),
             "{said}"
         );
     }
-}
-
-/// Runs the real `@actions/cache` as a step of the job.
-fn toolkit(job: &Job, post: bool, arguments: [&str; 3]) -> String {
-    let script = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/it/support/actions_cache.mjs"
-    );
-    let modules = tools::actions_cache(tools::ACTIONS_CACHE)
-        .display()
-        .to_string();
-    let command = [&["node", script, &modules], arguments.as_slice()].concat();
-    let step = job.action_step(post, &command).green();
-    format!("{}{}", step.stdout, step.stderr)
 }

@@ -1,4 +1,4 @@
-//! What is built.
+//! The project to build.
 
 use std::fmt::Write;
 use std::fs;
@@ -32,7 +32,7 @@ impl Project {
         }
     }
 
-    /// What was built, once it is known how much that is.
+    /// The size of the build, once it is known.
     pub fn description(self, compiles: usize) -> String {
         match self {
             Self::C { .. } => format!("{compiles} C files, gcc -O1, {PARALLEL} at a time"),
@@ -70,9 +70,9 @@ impl Project {
         job.set("CARGO_INCREMENTAL", "0");
     }
 
-    /// Builds it, as a step of `job`, and says how many compiles that took where that can be told.
+    /// Builds it, as a step of `job`, and returns the number of compiles if that is known.
     ///
-    /// Where `SCCACHE_PATH` is set it is called in front of each C compiler; cargo has
+    /// If `SCCACHE_PATH` is set, make calls it in front of each C compiler; cargo has
     /// `RUSTC_WRAPPER`.
     pub fn build(self, job: &Job) -> Step {
         match self {

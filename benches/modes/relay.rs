@@ -25,7 +25,7 @@ pub fn running() -> Vec<u32> {
         .collect()
 }
 
-/// A running relay. It is killed when this is dropped, where it has not ended.
+/// A running relay. It is killed when this is dropped, if it has not ended.
 pub struct Relay {
     pid: u32,
 }
@@ -71,7 +71,7 @@ impl Relay {
         })
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until it ends.
     pub fn ends(&self) {
         let begin = Instant::now();
         while is_relay(&self.process()) {
@@ -98,7 +98,7 @@ fn is_relay(process: &Path) -> bool {
     is_relay && file(&process.join("exe")) == file(Path::new(binary()))
 }
 
-/// What tells files apart whatever they are called.
+/// The content that distinguishes files, whatever their names.
 fn file(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))

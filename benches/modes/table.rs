@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-use crate::Mode;
+use sccache_action::sccache::stats::Stats;
+use serde_json::Value;
+
 use crate::job::JobResult;
 use crate::upstream::Counts;
+use crate::{Mode, json};
 
-/// What a column says of a job, given all jobs.
+/// A column's value for a job, given all jobs.
 type Cell = fn(&JobResult, &[JobResult]) -> String;
 
-/// The columns. Those of [`NAMES`] are text, the others numbers.
+/// The columns. The columns of [`NAMES`] are text, the others numbers.
 const COLUMNS: [(&str, Cell); 19] = [
     ("mode", |job, _| job.mode.name()),
     ("job", |job, _| job.name.to_owned()),
@@ -55,15 +58,42 @@ pub fn of(results: &[JobResult]) -> String {
     let mut text = String::new();
     for row in &rows {
         let cells = row.iter().zip(&widths).enumerate();
-        let cells = cells.map(|(column, (cell, width))| match column < NAMES {
-            true => format!("{cell:<width$}"),
-            false => format!("{cell:>width$}"),
+        let cells = cells.map(|(column, (cell, width))| {
+            if column < NAMES {
+                format!("{cell:<width$}")
+            } else {
+                format!("{cell:>width$}")
+            }
         });
         let line: Vec<String> = cells.collect();
         text.push_str(line.join("  ").trim_end());
         text.push('\n');
     }
     text
+}
+
+/// A job of the project of this name, as JSON. A value that a mode does not have is null.
+pub fn json(project: &str, job: &JobResult) -> Value {
+    let seconds = |time: Duration| json::rounded(time.as_secs_f64());
+    let stats = job.stats.as_ref();
+    let counts = job.counts.as_ref();
+    serde_json::json!({
+        "project": project,
+        "mode": job.mode.name(),
+        "job": job.name,
+        "setup_seconds": seconds(job.setup),
+        "build_seconds": seconds(job.build),
+        "report_seconds": seconds(job.report),
+        "seconds": seconds(job.total()),
+        "hits": stats.map(Stats::hits),
+        "misses": stats.map(Stats::misses),
+        "write_errors": job.write_errors(),
+        "requests": counts.map(Counts::requests),
+        "refused": counts.map(|counts| counts.refused),
+        "bytes_up": counts.map(|counts| counts.bytes_up),
+        "bytes_down": counts.map(|counts| counts.bytes_down),
+        "relay_memory_bytes": job.relay_peak.map(|kib| kib * 1024),
+    })
 }
 
 /// How long the job took, as a multiple of the job of the same name with a disk that stays.

@@ -29,12 +29,12 @@ pub struct Content {
 pub struct Part {
     stamp: [u8; STAMP],
     stamped: Range<usize>,
-    /// What follows the stamp.
+    /// The bytes behind the stamp.
     pub rest: &'static [u8],
 }
 
 impl Part {
-    /// What of the stamp is in this part.
+    /// The bytes of the stamp that are in this part.
     pub fn stamp(&self) -> &[u8] {
         &self.stamp[self.stamped.clone()]
     }
@@ -65,7 +65,7 @@ impl Content {
         Self { first, size }
     }
 
-    /// What it has from `offset` to the end of the period, and not beyond `end`.
+    /// The bytes from `offset` to the end of the period, and not beyond `end`.
     pub fn part(&self, offset: u64, end: u64) -> Part {
         let period = PERIOD as u64;
         let begin = (offset % period) as usize;

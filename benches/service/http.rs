@@ -27,7 +27,7 @@ pub enum Failure {
     /// The server refused.
     #[error("answered {0}: {1}")]
     Status(u16, String),
-    /// The answer is none that this client understands.
+    /// This client does not understand the answer.
     #[error("the answer has {0}")]
     Protocol(&'static str),
     /// The bytes are not those that were written.
@@ -38,7 +38,7 @@ pub enum Failure {
     Late,
 }
 
-/// What a request carries.
+/// The content of a request.
 pub enum Body<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
@@ -59,7 +59,7 @@ pub struct Connection {
     stream: TcpStream,
     host: String,
     buffer: Box<[u8]>,
-    /// What of the buffer was received and is not yet used.
+    /// The bytes of the buffer that were received and are not yet used.
     unread: Range<usize>,
 }
 
@@ -131,14 +131,15 @@ impl Connection {
                 self.unread.start += length + 4;
                 return Ok(answer);
             }
-            // Nothing is asked before the last answer was received, so there is room in front.
+            // The next request is sent after the last answer was received, so there is room in
+            // front.
             self.buffer.copy_within(self.unread.clone(), 0);
             self.unread = 0..self.unread.len();
             self.receive().await?;
         }
     }
 
-    /// Receives what there is, behind what is not yet used.
+    /// Receives the available bytes, behind those that are not yet used.
     async fn receive(&mut self) -> Result<(), Failure> {
         let room = &mut self.buffer[self.unread.end..];
         if room.is_empty() {
@@ -177,7 +178,7 @@ impl Connection {
         Ok(bytes)
     }
 
-    /// Receives `range` of `content`, which is compared with what was received.
+    /// Receives `range` of `content`, and compares the bytes.
     pub async fn content(
         &mut self,
         answer: &Answer,

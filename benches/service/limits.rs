@@ -1,4 +1,4 @@
-//! What this machine has: open files and free space.
+//! The resources of this machine: open files and free space.
 
 use std::fs;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub fn raise_open_files() {
     let hard = limit(&limits, 4);
     if limit(&limits, 3) < hard {
         let pid = std::process::id();
-        // Where it fails, the limit that is read later says so.
+        // If it fails, the limit that is read later shows it.
         let _ = Command::new("prlimit")
             .args([format!("--pid={pid}"), format!("--nofile={hard}:{hard}")])
             .status();
@@ -46,7 +46,7 @@ pub fn free_space(folder: &Path) -> u64 {
         .unwrap()
 }
 
-/// Waits until what was written to the file system of `folder` is on the disk: the next phase
+/// Waits until the file system of `folder` has written everything to the disk: the next phase
 /// should not pay for the last.
 pub fn settle(folder: &Path) {
     let status = Command::new("sync").arg("-f").arg(folder).status();
@@ -54,8 +54,8 @@ pub fn settle(folder: &Path) {
 }
 
 /// Has the system hold memory for a file of `bytes` in `folder`. A virtual machine may have given
-/// free memory back to its host, and whoever writes to it first pays for having it again, many times
-/// what the writing costs.
+/// free memory back to its host, and the first writer pays for getting it again, many times the
+/// cost of the write.
 pub fn touch_memory(folder: &Path, bytes: u64) {
     let path = folder.join("touched");
     let mut file = fs::File::create(&path).unwrap();

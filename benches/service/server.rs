@@ -9,13 +9,13 @@ use std::process::{Child, Command, Stdio};
 /// How many parts of a second `/proc` counts CPU time in: `USER_HZ` of Linux, on all common CPUs.
 const TICKS: f64 = 100.0;
 
-/// What a server used.
+/// The resources that a server used.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// CPU time in seconds.
     pub cpu: f64,
-    /// The most memory that was resident at once, in bytes. Of several processes it is the sum, and
-    /// what they share counts for each.
+    /// The most memory that was resident at once, in bytes. Several processes count together, and
+    /// shared memory counts for each.
     pub peak: u64,
 }
 
@@ -27,7 +27,7 @@ pub struct Server {
     pub token: Option<String>,
     child: Child,
     workers: Vec<u32>,
-    /// What ends it, where that is more than to end its process.
+    /// A command that ends it, if ending its process is not enough.
     stop: Option<Command>,
 }
 
@@ -83,13 +83,10 @@ impl Server {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
         let address = port.unwrap();
         let workers = std::thread::available_parallelism().unwrap().get();
-        // What is said of the process goes to standard error, where it shows that it has begun;
-        // what is said of each request would cost it time.
+        // Messages of the process go to standard error, so that its start shows; a line for each
+        // request would cost it time.
         let root = folder.display();
-        let user = match is_root() {
-            true => "user root;",
-            false => "",
-        };
+        let user = if is_root() { "user root;" } else { "" };
         let config = format!(
             "{user}
             daemon off;
@@ -158,7 +155,7 @@ impl Server {
         }
     }
 
-    /// What it used so far.
+    /// The resources that it has used so far.
     pub fn usage(&self) -> Usage {
         let each = self.workers.iter().map(|id| usage(&id.to_string()));
         each.fold(Usage::default(), |sum, one| Usage {
@@ -178,7 +175,7 @@ fn drain(lines: Lines<BufReader<impl Read + Send + 'static>>) {
     std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
 }
 
-/// What the process `id` used so far; `self` is this one.
+/// The resources that the process `id` has used so far; `self` is this one.
 pub fn usage(id: &str) -> Usage {
     // Empty for a process that ended, as which requests that failed show it.
     let read = |name| fs::read_to_string(format!("/proc/{id}/{name}")).unwrap_or_default();

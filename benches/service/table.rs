@@ -1,13 +1,17 @@
-//! What was measured, and the table of it.
+//! The measurements, and their table.
 
 use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::json::rounded;
 
 /// A phase of one server.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// What was done.
+    /// The work.
     pub phase: &'static str,
-    /// By which server.
+    /// The server.
     pub server: &'static str,
     /// The phase of nginx's that it is compared with.
     pub against: &'static str,
@@ -27,7 +31,7 @@ pub struct Row {
     pub clients_cpu: f64,
     /// The server's memory at its peak, in bytes.
     pub peak: u64,
-    /// What failed.
+    /// The failures.
     pub failures: Vec<String>,
 }
 
@@ -94,13 +98,40 @@ impl Table {
         }
     }
 
-    /// The table in Markdown.
-    pub fn markdown(&self) -> String {
-        let rows: Vec<Row> = self
-            .rows
+    /// The columns of each phase.
+    fn medians(&self) -> Vec<Row> {
+        self.rows
             .iter()
             .map(|rounds| Self::median(rounds))
-            .collect();
+            .collect()
+    }
+
+    /// The rows of this section as JSON.
+    pub fn json(&self, section: &str) -> Vec<Value> {
+        let row = |row: &Row| {
+            serde_json::json!({
+                "section": section,
+                "phase": row.phase,
+                "server": row.server,
+                "against": row.against,
+                "seconds": rounded(row.elapsed.as_secs_f64()),
+                "count": row.count,
+                "requests": row.requests,
+                "bytes": row.bytes,
+                "median_ms": rounded(row.quantile(0.5).as_secs_f64() * 1e3),
+                "p99_ms": rounded(row.quantile(0.99).as_secs_f64() * 1e3),
+                "cpu_seconds": rounded(row.cpu),
+                "clients_cpu_seconds": rounded(row.clients_cpu),
+                "memory_bytes": row.peak,
+                "failed": row.failures.len(),
+            })
+        };
+        self.medians().iter().map(row).collect()
+    }
+
+    /// The table in Markdown.
+    pub fn markdown(&self) -> String {
+        let rows = self.medians();
         let mut lines = vec![
             "| | server | s | ops/s | requests/s | MB/s | p50 ms | p99 ms | server CPU s | clients CPU s | peak MB | failed | of nginx's rate |".to_owned(),
             format!("|---|---|{}", "--:|".repeat(11)),

@@ -1,4 +1,4 @@
-//! What clients do: the requests of sccache's for our service, plain PUT and GET for nginx.
+//! The work of clients: sccache's requests for our service, plain PUT and GET for nginx.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -49,7 +49,7 @@ struct Granted {
     ok: bool,
 }
 
-/// The answer where there is a URL in it.
+/// The answer that contains a URL.
 #[derive(Clone, PartialEq, Message)]
 struct Address {
     #[prost(bool, tag = "1")]
@@ -61,7 +61,7 @@ struct Address {
 /// A server as its clients know it.
 #[derive(Clone, Debug)]
 pub struct Site {
-    /// Where it is.
+    /// Its address.
     pub address: SocketAddr,
     /// The token of our service; nginx has none.
     pub token: Option<String>,
@@ -94,7 +94,7 @@ impl Site {
             .ok_or(Failure::Protocol("no URL of this server"))
     }
 
-    /// Where to upload the entry called `key`.
+    /// The URL to which the entry called `key` is uploaded.
     pub async fn create(&self, connection: &mut Connection, key: &str) -> Result<String, Failure> {
         if self.token.is_none() {
             return Ok(format!("/{key}"));
@@ -106,7 +106,7 @@ impl Site {
         self.path(&self.call(connection, "CreateCacheEntry", &request).await?)
     }
 
-    /// Where to download the entry called `key`.
+    /// The URL from which the entry called `key` is downloaded.
     pub async fn find(&self, connection: &mut Connection, key: &str) -> Result<String, Failure> {
         if self.token.is_none() {
             return Ok(format!("/{key}"));
@@ -159,7 +159,7 @@ impl Site {
         Ok(3)
     }
 
-    /// Where block `i` of an upload goes; nginx has a file for each.
+    /// The URL for block `i` of an upload; nginx has a file for each.
     fn block_path(&self, upload: &str, i: usize) -> String {
         match self.token {
             Some(_) => format!("{upload}&comp=block&blockid={}", block_name(i)),
@@ -205,9 +205,10 @@ async fn get(
     range: Range<u64>,
 ) -> Result<(), Failure> {
     let is_part = range != (0..content.size);
-    let header = match is_part {
-        true => format!("Range: bytes={}-{}\r\n", range.start, range.end - 1),
-        false => String::new(),
+    let header = if is_part {
+        format!("Range: bytes={}-{}\r\n", range.start, range.end - 1)
+    } else {
+        String::new()
     };
     let answer = connection
         .request("GET", path, &header, Body::Bytes(&[]))
@@ -228,7 +229,7 @@ fn piece(content: Content, i: usize) -> Range<u64> {
     start..content.size.min(start + PIECE)
 }
 
-/// What is done again and again.
+/// The repeated work.
 #[derive(Clone, Debug)]
 pub enum Task {
     /// Writes an entry in one piece.
@@ -250,9 +251,9 @@ pub enum Task {
 pub struct Work {
     /// The server.
     pub site: Site,
-    /// What is done.
+    /// The work.
     pub task: Task,
-    /// With what all keys begin.
+    /// The prefix of all keys.
     pub prefix: String,
     /// The entries.
     pub contents: Vec<Content>,

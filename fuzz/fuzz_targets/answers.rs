@@ -10,9 +10,9 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use sccache_action::github::cache_client::{CacheClient, Endpoint, Protocol, Reserved};
-use sccache_action::http_client::Timeouts;
-use sccache_action::service::auth::BearerToken;
+use sccache_action::cache_client::{CacheClient, Endpoint, Protocol, Reservation};
+use sccache_action::http::BearerToken;
+use sccache_action::http::Timeouts;
 use tokio::runtime::Runtime;
 
 const TOKEN: &str = "the-token-that-nobody-sees";
@@ -26,7 +26,7 @@ struct Answer {
     leads_on: bool,
 }
 
-/// What is answered next, the first first.
+/// The next answers, in order.
 static ANSWERS: Mutex<Vec<Answer>> = Mutex::new(Vec::new());
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
@@ -34,7 +34,7 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     builder.enable_all().build().expect("a runtime")
 });
 
-/// The address of a server in a thread of its own.
+/// The address of a server in its own thread.
 static SERVER: LazyLock<String> = LazyLock::new(|| {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!("http://{}/", listener.local_addr().expect("an address"));
@@ -104,6 +104,7 @@ static CLIENTS: LazyLock<[CacheClient; 2]> = LazyLock::new(|| {
         let timeouts = Timeouts {
             connect: Duration::from_millis(100),
             read: Duration::from_millis(100),
+            slow: Duration::from_millis(100),
         };
         CacheClient::new(endpoint, "v", timeouts).expect("a client")
     })
@@ -129,7 +130,7 @@ async fn ask(client: &CacheClient) {
         Err(error) => tells_no_secret(&error),
     }
     match client.reserve("key", Some(3)).await {
-        Ok(Reserved::Upload(upload)) => {
+        Ok(Reservation::Granted(upload)) => {
             let body = futures_util::stream::iter([Ok("abc".into())]);
             if let Err(error) = client.upload(&upload, 3, body).await {
                 tells_no_secret(&error);
@@ -138,7 +139,7 @@ async fn ask(client: &CacheClient) {
                 tells_no_secret(&error);
             }
         }
-        Ok(Reserved::AlreadyExists) => {}
+        Ok(Reservation::AlreadyExists) => {}
         Err(error) => tells_no_secret(&error),
     }
 }

@@ -13,7 +13,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let target = folder.path().join("sccache");
     let _ = unpack(bytes, "folder", "sccache", &target);
-    // As it is compressed, so that what is inside is reached.
+    // It is compressed, so that the fuzzer reaches the content.
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
     if gz.write_all(bytes).is_err() {
         return;

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Write;
 
 use libfuzzer_sys::fuzz_target;
-use sccache_action::cargo::home;
+use sccache_action::cargo_cache::home;
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(folder) = tempfile::tempdir() else {
@@ -24,7 +24,9 @@ fuzz_target!(|bytes: &[u8]| {
     if fs::write(cache.join("a-1.0.0.crate"), archive).is_err() {
         return;
     }
-    let unpacked = home::unpack(&registry, "cache/index/a-1.0.0.crate");
+    let unpacked = home::unpack(&registry, "cache/index/a-1.0.0.crate", |_, _| true, &|_| {
+        Ok(())
+    });
     let names = |folder| -> Vec<_> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.file_name()).collect()

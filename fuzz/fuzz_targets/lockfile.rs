@@ -3,10 +3,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use sccache_action::cargo::lockfile::Lockfile;
+use sccache_action::cargo_cache::lockfile::Lockfile;
 
 fuzz_target!(|text: &str| {
     if let Ok(lockfile) = Lockfile::parse(text) {
-        let _ = lockfile.keepable();
+        let _ = lockfile.cacheable();
     }
 });

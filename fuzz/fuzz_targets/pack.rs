@@ -3,10 +3,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use sccache_action::store::pack;
+use sccache_action::packs::pack;
 
 fuzz_target!(|bytes: &[u8]| {
-    if let Ok(index) = pack::read(bytes, "key#00000001") {
-        assert!(index.packs.values().all(|pack| pack.is_sound()));
+    if let Ok(stored) = pack::read(bytes, "key#00000001") {
+        assert!(stored.index.packs.values().all(|pack| pack.is_sound()));
     }
 });

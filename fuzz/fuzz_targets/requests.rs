@@ -1,5 +1,5 @@
-//! Requests to the cache service, as a relay and `serve` take them, by whoever has a token or a
-//! signed URL.
+//! Requests to the cache service, as a relay and `serve` take them, from anyone who has a token or
+//! a signed URL.
 
 #![no_main]
 
@@ -14,9 +14,13 @@ use axum::http::header::{AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use futures_util::{Stream, StreamExt};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use sccache_action::service::auth::{Access, BearerToken, Purpose, Tokens, UrlSigner, now};
-use sccache_action::service::store::{Content, Entry, EntryName, Piece, Query, Store, StoreError};
-use sccache_action::service::{Shared, router};
+use sccache_action::cache_protocol::auth::{Access, Purpose, Tokens, UrlSigner};
+use sccache_action::cache_protocol::store::{
+    Chunk, Content, Entry, EntryName, Query, Store, StoreError,
+};
+use sccache_action::cache_protocol::{AppState, router};
+use sccache_action::clock::now;
+use sccache_action::http::BearerToken;
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
@@ -37,7 +41,7 @@ enum Asked<'a> {
     Twirp(&'a str, &'a str, &'a [u8]),
     Find(&'a str),
     Reserve(&'a [u8]),
-    Piece(u64, &'a str, &'a [u8]),
+    Chunk(u64, &'a str, &'a [u8]),
     Commit(u64, &'a [u8]),
     Upload(&'a str, bool, &'a [u8]),
     Download(bool, &'a str),
@@ -50,7 +54,8 @@ struct Uploads {
     entries: Vec<(Entry, Vec<u8>)>,
 }
 
-/// Storage as plain as can be. It fails as any other does, and never of itself.
+/// Storage as plain as can be. It returns any error that a store may return, and never fails
+/// itself.
 #[derive(Default)]
 struct Memory(Mutex<Uploads>);
 
@@ -60,7 +65,7 @@ impl Memory {
     }
 }
 
-async fn received(pieces: impl Stream<Item = Piece> + Send) -> Result<Vec<u8>, StoreError> {
+async fn received(pieces: impl Stream<Item = Chunk> + Send) -> Result<Vec<u8>, StoreError> {
     let mut pieces = std::pin::pin!(pieces);
     let mut content = Vec::new();
     while let Some(piece) = pieces.next().await {
@@ -113,8 +118,8 @@ impl Store for Memory {
         &self,
         upload: u64,
         offset: u64,
-        whole: bool,
-        pieces: impl Stream<Item = Piece> + Send,
+        truncate: bool,
+        pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
         let received = received(pieces).await?;
         let end = offset.saturating_add(received.len() as u64);
@@ -124,7 +129,7 @@ impl Store for Memory {
                 .open
                 .get_mut(&upload)
                 .ok_or(StoreError::NoSuchUpload)?;
-            if whole {
+            if truncate {
                 content.clear();
             }
             let (offset, end) = (offset as usize, end as usize);
@@ -138,7 +143,7 @@ impl Store for Memory {
         &self,
         upload: u64,
         block: &str,
-        pieces: impl Stream<Item = Piece> + Send,
+        pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
         let received = received(pieces).await?;
         self.with(|uploads| {
@@ -210,7 +215,7 @@ impl Store for Memory {
         })
     }
 
-    async fn lost(&self, _entry: u64) {}
+    async fn mark_missing(&self, _entry: u64) {}
 }
 
 fn named(key: &str) -> EntryName {
@@ -242,7 +247,7 @@ fn service() -> (Router, UrlSigner) {
     let tokens = Tokens::default().with(&token, Access::to("main".into()));
     let address = ([127, 0, 0, 1], 7).into();
     (
-        router(Arc::new(Shared::new(
+        router(Arc::new(AppState::new(
             store,
             tokens,
             address,
@@ -254,7 +259,7 @@ fn service() -> (Router, UrlSigner) {
 
 fn request(asked: &Asked<'_>, signer: &UrlSigner) -> Result<Request<Body>, axum::http::Error> {
     const V1: &str = "/_apis/artifactcache";
-    let signed = |purpose, id| signer.query(purpose, id, now() + 60);
+    let signed = |purpose, id| signer.query(purpose, id, now() + 60, None);
     let begin = |method: &str, uri: String| {
         Request::builder()
             .method(method)
@@ -271,7 +276,7 @@ fn request(asked: &Asked<'_>, signer: &UrlSigner) -> Result<Request<Body>, axum:
         }
         Asked::Find(query) => begin("GET", format!("{V1}/cache?{query}")).body(Body::empty()),
         Asked::Reserve(bytes) => begin("POST", format!("{V1}/caches")).body(body(bytes)),
-        Asked::Piece(id, range, bytes) => {
+        Asked::Chunk(id, range, bytes) => {
             let request = begin("PATCH", format!("{V1}/caches/{id}"));
             request.header(CONTENT_RANGE, range).body(body(bytes))
         }
@@ -302,7 +307,7 @@ async fn run(asked: Vec<Asked<'_>>) -> io::Result<()> {
         };
         let Ok(response) = router.clone().oneshot(request).await;
         let status = response.status();
-        // Nothing behind it fails, so whatever is wrong is the request.
+        // The store behind it does not fail, so every error is the request's.
         assert!(
             !status.is_server_error() || status == 501,
             "{status} {asked:?}"

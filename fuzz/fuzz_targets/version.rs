@@ -1,4 +1,4 @@
-//! What a user, or a list of releases, may take for a version.
+//! The versions that users and lists of releases may contain.
 
 #![no_main]
 

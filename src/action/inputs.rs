@@ -6,48 +6,48 @@ use std::str::FromStr;
 
 use url::Url;
 
-use crate::action::environment::Environment;
 use crate::action::mode::Mode;
 use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
+use crate::runner::environment::Environment;
 
-/// The sources of sccache when none are asked for. `action.yml` says the same.
+/// The default sources of sccache. `action.yml` says the same.
 pub const DEFAULT_SOURCES: &str = "release,pip";
 
-/// The size of the packs of a scope when none is asked for: half of what GitHub gives a repository.
-/// `action.yml` says the same.
+/// The default limit of the packs of a scope: half of GitHub's limit for a repository. `action.yml`
+/// says the same.
 pub const DEFAULT_MAX_SIZE: &str = "5G";
 
 /// A token, which no debug output shows.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
+pub struct ApiToken(String);
 
-impl fmt::Debug for Secret {
+impl fmt::Debug for ApiToken {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Secret(***)")
+        formatter.write_str("ApiToken(***)")
     }
 }
 
-impl Secret {
-    /// The token itself, for whom it is meant.
+impl ApiToken {
+    /// The token's text. Only the client that sends it should call this.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 }
 
-/// What the user asked for.
+/// The values of the action's inputs.
 #[derive(Clone, Debug)]
 pub struct Inputs {
     /// Which sccache.
     pub version: VersionSpec,
     /// A token for GitHub's API.
-    pub token: Option<Secret>,
+    pub token: Option<ApiToken>,
     /// The sha256 that the release archive must have.
     pub checksum: Option<Checksum>,
-    /// Where sccache may come from, best first.
+    /// The sources of sccache to try, best first.
     pub install_from: Vec<Source>,
-    /// Where the releases lie: at GitHub, or at a mirror.
+    /// The base URL of the releases: GitHub's, or a mirror's.
     pub mirror: Url,
-    /// Where objects are kept; `None` is to choose by the environment.
+    /// The storage for objects; `None` chooses by the environment.
     pub mode: Option<Mode>,
     /// Keeps objects apart from others'.
     pub namespace: Option<String>,
@@ -59,19 +59,19 @@ pub struct Inputs {
     pub matrix: String,
     /// The compilers that go through sccache.
     pub wrap: Wrap,
-    /// Whether cargo's folders are kept; `None` is where rustc goes through sccache and there is a
-    /// lockfile.
+    /// Whether cargo's folders are cached; `None` caches them if rustc goes through sccache and
+    /// there is a lockfile.
     pub cache_cargo: Option<bool>,
     /// The cargo workspaces; none is the checkout.
     pub cargo_workspaces: Vec<CargoWorkspace>,
-    /// Whether there is to be a job summary.
+    /// Whether to write a job summary.
     pub summary: bool,
-    /// Whether there is to be an annotation.
+    /// Whether to write an annotation.
     pub annotations: bool,
-    /// The hit rate, in percent, below which the post step warns; `None` where it never does.
+    /// The hit rate, in percent, below which the post step warns; `None` if it never does.
     pub min_hit_rate: Option<f64>,
-    /// What becomes of the step when sccache cannot be set up, and of the post step when the hit
-    /// rate is too low.
+    /// Whether the step fails when sccache cannot be set up, and whether the post step fails when
+    /// the hit rate is too low.
     pub on_failure: OnFailure,
 }
 
@@ -91,11 +91,11 @@ pub struct Wrap {
 pub struct CargoWorkspace {
     /// Its folder, from the checkout.
     pub folder: PathBuf,
-    /// Its target folder, from its own; `None` where cargo chooses.
+    /// Its target folder, relative to `folder`; `None` if cargo chooses.
     pub target: Option<PathBuf>,
 }
 
-/// What becomes of the step when sccache cannot be set up.
+/// The result of the step when sccache cannot be set up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnFailure {
     /// A warning, and a build without a cache.
@@ -111,9 +111,9 @@ pub enum OnFailure {
 pub struct InputError {
     /// The input, as `action.yml` names it.
     pub input: &'static str,
-    /// What it was given.
+    /// The value that was given.
     pub value: String,
-    /// What it accepts, in words that follow "but".
+    /// The values that it accepts, worded to follow "but".
     pub accepts: String,
 }
 
@@ -126,7 +126,7 @@ impl Inputs {
         let text = |input| value(environment, input);
         Ok(Self {
             version: parsed(environment, "version")?.unwrap_or(VersionSpec::Tested),
-            token: text("token").map(|token| Secret(token.to_owned())),
+            token: text("token").map(|token| ApiToken(token.to_owned())),
             checksum: parsed(environment, "checksum")?,
             install_from: sources(text("install-from").unwrap_or(DEFAULT_SOURCES))?,
             mirror: mirror(text("mirror").unwrap_or(RELEASES_URL))?,
@@ -146,10 +146,10 @@ impl Inputs {
     }
 }
 
-/// The value of `input`, or `None` where it was not given.
+/// The value of `input`, or `None` if it was not given.
 fn value<'a>(environment: &'a Environment, input: &str) -> Option<&'a str> {
-    // What `@actions/core` does to a name (`getInput`): upper case, spaces to underscores, and
-    // nothing to dashes.
+    // `@actions/core` changes a name like this (`getInput`): upper case, spaces to underscores,
+    // dashes stay.
     let variable = format!("INPUT_{}", input.replace(' ', "_").to_uppercase());
     environment
         .get(&variable)
@@ -243,8 +243,10 @@ fn max_size(text: &str) -> Result<u64, InputError> {
         "G" | "GB" | "GiB" => 1 << 30,
         _ => 0,
     };
-    let bytes = digits.parse::<u64>().ok();
-    let bytes = bytes.and_then(|number| number.checked_mul(unit));
+    let bytes = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(unit));
     bytes
         .filter(|bytes| *bytes >= LEAST_MAX_SIZE)
         .ok_or_else(|| {
@@ -255,7 +257,7 @@ fn max_size(text: &str) -> Result<u64, InputError> {
 
 fn min_hit_rate(text: &str) -> Result<f64, InputError> {
     let number = text.strip_suffix('%').unwrap_or(text).trim_end();
-    // What a float may also be, such as `inf` and `1e1`, is no percentage.
+    // Floats such as `inf` and `1e1` are no percentages.
     let plain = number.chars().all(|c| c.is_ascii_digit() || c == '.');
     let rate = number.parse().ok().filter(|rate| plain && *rate <= 100.0);
     rate.ok_or_else(|| {
@@ -264,8 +266,8 @@ fn min_hit_rate(text: &str) -> Result<f64, InputError> {
     })
 }
 
-/// The longest namespace. It becomes a part of each entry's version, which is hashed; the limit is
-/// there for those who read it in logs.
+/// The longest namespace. It becomes a part of each entry's version, which is hashed; the limit
+/// keeps logs readable.
 const NAMESPACE_LIMIT: usize = 128;
 
 fn namespace(text: &str) -> Result<String, InputError> {

@@ -1,17 +1,10 @@
-//! What the action does as seen from the runner: its inputs, its environment, its log commands,
-//! its set-up and its report.
+//! The action's two steps: inputs, mode, set-up, probe, report, job summary.
 
-pub mod cargo;
-pub mod environment;
 pub mod inputs;
 pub mod mode;
-mod probe;
-pub mod relay;
 pub mod report;
-pub mod runner_files;
-pub mod scopes;
+pub mod restore_cargo;
 pub mod setup;
+pub mod start_relay;
 pub mod state;
-pub mod stats;
 pub mod summary;
-pub mod workflow_command;

@@ -1,37 +1,37 @@
-//! What the main step leaves: for the post step through the runner, as `STATE_` variables; for
+//! The main step's results: for the post step through the runner, as `STATE_` variables; for
 //! commands that a person runs in later steps, in the state folder.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::action::environment::Environment;
 use crate::action::mode::Mode;
-use crate::action::runner_files::Variable;
+use crate::http::BearerToken;
 use crate::relay::process::RunningRelay;
-use crate::sccache::state::StateDir;
-use crate::service::auth::BearerToken;
+use crate::runner::environment::Environment;
+use crate::runner::files::Variable;
+use crate::sccache::state_dir::StateDir;
 
 /// How the main step ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Setup {
     /// sccache was set up.
-    Done(State),
-    /// It was not, and the build ran without.
+    Done(SetupState),
+    /// It was not, and the build ran without sccache.
     Failed {
-        /// Why, in words, without secrets.
+        /// The reason, without secrets.
         reason: String,
     },
 }
 
 /// A set-up sccache as the post step finds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State {
+pub struct SetupState {
     /// The set-up's folder.
     pub state_dir: StateDir,
     /// The server's port on 127.0.0.1.
     pub port: u16,
-    /// Where objects are kept.
+    /// The storage for objects.
     pub mode: Mode,
     /// sccache's version.
     pub version: String,
@@ -39,16 +39,18 @@ pub struct State {
     pub cache_location: String,
     /// Whether objects are only read.
     pub read_only: bool,
-    /// The relay, in mode `packed`.
+    /// The relay, in mode `packed`; else the keeper, if later steps lack a variable that the server
+    /// needs.
     pub relay: Option<RunningRelay>,
 }
 
-/// What any step of the job may know of its set-up: all of [`State`] but what opens the relay.
+/// The part of the set-up that any step of the job may know: all of [`SetupState`] except the
+/// relay's token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct About {
+pub struct SetupInfo {
     /// sccache's version.
     pub version: String,
-    /// Where objects are kept.
+    /// The storage for objects.
     pub mode: Mode,
     /// The cache location in sccache's words.
     pub cache_location: String,
@@ -56,16 +58,16 @@ pub struct About {
     pub read_only: bool,
     /// The server's port on 127.0.0.1.
     pub port: u16,
-    /// The relay's, in mode `packed`.
+    /// The relay's port, in mode `packed`; else the keeper's.
     pub relay_port: Option<u16>,
     /// The action's own binary.
     pub program: PathBuf,
 }
 
-impl State {
-    /// What any step may know. `program` is the action's own binary.
-    pub fn about(&self, program: &Path) -> About {
-        About {
+impl SetupState {
+    /// The part that any step may know. `program` is the action's own binary.
+    pub fn about(&self, program: &Path) -> SetupInfo {
+        SetupInfo {
             version: self.version.clone(),
             mode: self.mode,
             cache_location: self.cache_location.clone(),
@@ -79,15 +81,15 @@ impl State {
 
 /// A job's set-up as a later step finds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct ExistingSetup {
     /// Its folder.
     pub state_dir: StateDir,
-    /// What it left there; `None` where it did not come that far.
-    pub about: Option<About>,
+    /// The information that it left there; `None` if the set-up did not get that far.
+    pub about: Option<SetupInfo>,
 }
 
-impl Found {
-    /// The set-up that the exported variables name; `None` where they name none.
+impl ExistingSetup {
+    /// The set-up that the exported variables name; `None` if they name none.
     pub fn of(environment: &Environment) -> Option<Self> {
         let wrapper = environment.path("SCCACHE_PATH")?;
         let state_dir = StateDir::of_wrapper(&wrapper)?;
@@ -136,14 +138,14 @@ impl Setup {
             .collect()
     }
 
-    /// What the main step left in `environment`, or `None` where it left nothing.
+    /// Reads the main step's result from `environment`; `None` if there is none.
     pub fn of(environment: &Environment) -> Option<Self> {
         let get = |name: &str| environment.get(&format!("STATE_{name}"));
         if let Some(reason) = get(FAILED) {
             let reason = reason.to_owned();
             return Some(Self::Failed { reason });
         }
-        Some(Self::Done(State {
+        Some(Self::Done(SetupState {
             state_dir: StateDir::at(PathBuf::from(get(FOLDER)?)),
             port: get(PORT)?.parse().ok()?,
             mode: Mode::named(get(MODE)?)?,
@@ -170,7 +172,7 @@ mod tests {
     fn a_later_step_finds_the_set_up_and_not_what_opens_the_relay() {
         let parent = tempfile::tempdir().unwrap();
         let state_dir = StateDir::create(parent.path(), Some(Path::new("/x"))).unwrap();
-        let state = State {
+        let state = SetupState {
             state_dir: state_dir.clone(),
             port: 4711,
             mode: Mode::Packed,
@@ -186,19 +188,20 @@ mod tests {
             .set_about(&state.about(Path::new("/dist/x")))
             .unwrap();
         let wrapper = state_dir.wrapper().display().to_string();
-        let found = Found::of(&Environment::from_iter([("SCCACHE_PATH", wrapper)])).unwrap();
+        let found =
+            ExistingSetup::of(&Environment::from_iter([("SCCACHE_PATH", wrapper)])).unwrap();
         assert_eq!(found.about, Some(state.about(Path::new("/dist/x"))));
         for entry in std::fs::read_dir(state_dir.root()).unwrap().flatten() {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
             assert!(!text.contains("hunter2"), "{entry:?}");
         }
         let others = Environment::from_iter([("SCCACHE_PATH", "/usr/bin/sccache")]);
-        assert_eq!(Found::of(&others), None);
+        assert_eq!(ExistingSetup::of(&others), None);
     }
 
     #[test]
     fn the_post_step_reads_what_the_main_step_left() {
-        let done = Setup::Done(State {
+        let done = Setup::Done(SetupState {
             state_dir: StateDir::at(PathBuf::from("/t/s")),
             port: 4711,
             mode: Mode::External,

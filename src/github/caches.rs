@@ -1,4 +1,4 @@
-//! The caches of a repository, as GitHub's REST API lists and deletes them.
+//! Lists and deletes the caches of a repository through GitHub's REST API.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use url::Url;
 
 use crate::github::explain;
-use crate::http_client;
+use crate::http;
 
 /// How many entries a page has at most (GitHub's documentation of the API).
 const PER_PAGE: u8 = 100;
@@ -24,18 +24,18 @@ const PAGES: u32 = 10_000;
 /// How often a request is made before it is given up, the first time among them.
 const ATTEMPTS: u32 = 4;
 
-/// The longest wait that GitHub may ask for before the command ends and says so. A person is
-/// waiting; GitHub's own limit an hour is told instead.
+/// The longest wait that GitHub may ask for before the command ends with an error. A person is
+/// waiting; the command reports GitHub's own hourly limit and does not wait for it.
 const LONGEST_WAIT: Duration = Duration::from_secs(90);
 
-/// The wait where GitHub refuses for the number of requests and does not say how long (its
-/// documentation: at least a minute).
-const UNTOLD_WAIT: Duration = Duration::from_secs(60);
+/// The wait after a rate limit if GitHub does not say how long (its documentation: at least a
+/// minute).
+const DEFAULT_RATE_LIMIT_WAIT: Duration = Duration::from_secs(60);
 
 /// A repository, as `owner/name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repository {
-    /// Whose it is.
+    /// Its owner.
     pub owner: String,
     /// Its name.
     pub name: String,
@@ -43,7 +43,7 @@ pub struct Repository {
 
 /// Text that names no repository.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a repository is named as `owner/name`")]
+#[error("a repository has the form `OWNER/NAME`")]
 pub struct RepositoryError;
 
 impl FromStr for Repository {
@@ -73,12 +73,12 @@ impl fmt::Display for Repository {
 
 /// An entry of a repository's cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct CacheEntry {
     /// GitHub's number of it.
     pub id: i64,
     /// The key that it was stored under.
     pub key: String,
-    /// The ref whose jobs stored it, where GitHub tells.
+    /// The ref whose jobs stored it, if GitHub gives it.
     pub reference: Option<String>,
     /// Its length in bytes.
     pub size: u64,
@@ -88,7 +88,7 @@ pub struct Entry {
     pub used: u64,
 }
 
-impl From<ActionsCacheItem> for Entry {
+impl From<ActionsCacheItem> for CacheEntry {
     fn from(item: ActionsCacheItem) -> Self {
         let seconds = |seconds: i64| u64::try_from(seconds).unwrap_or(0);
         Self {
@@ -102,13 +102,13 @@ impl From<ActionsCacheItem> for Entry {
     }
 }
 
-/// Why GitHub's API did not do as asked. No text in it has a token.
+/// The reason why a request to GitHub's API failed. No text in it has a token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
-    /// It takes no more requests for now, and for longer than a command waits.
+    /// It takes no more requests now, and asks for a longer wait than a command accepts.
     #[error(
-        "GitHub's API takes no more requests for now{}",
-        .wait.map_or_else(String::new, |wait| format!("; it asks to wait {} s", wait.as_secs()))
+        "GitHub's API rate limit is reached{}",
+        .wait.map_or_else(String::new, |wait| format!("; retry in {} s", wait.as_secs()))
     )]
     Throttled {
         /// How long it asks to wait.
@@ -116,18 +116,19 @@ pub enum ApiError {
     },
     /// The token may not do it: 401 or 403.
     #[error(
-        "GitHub's API refuses: {0}. Listing takes a token with `actions: read`, deleting one with `actions: write`"
+        "GitHub's API denied the request: {0}. Listing needs a token with `actions: read`, \
+         deleting one with `actions: write`"
     )]
     Denied(String),
-    /// There is no such thing, or the token may not see it: 404.
-    #[error("GitHub's API does not know {0}, or its token may not see it")]
+    /// It does not exist, or the token may not see it: 404.
+    #[error("GitHub's API does not know {0}, or the token may not see it")]
     NotFound(String),
-    /// Anything else: it cannot be reached, fails, or answers what cannot be read.
-    #[error("GitHub's API cannot be used: {0}")]
+    /// Anything else: it cannot be reached, fails, or its answer cannot be read.
+    #[error("GitHub's API failed: {0}")]
     Unavailable(String),
 }
 
-/// What GitHub's error is for a request about `what`. `now` is the time.
+/// Converts an error of a request about `what`. `now` is the time.
 fn refusal(error: &octocrab::Error, what: &str, now: SystemTime) -> ApiError {
     let octocrab::Error::GitHub { source, .. } = error else {
         return ApiError::Unavailable(explain(error));
@@ -135,10 +136,11 @@ fn refusal(error: &octocrab::Error, what: &str, now: SystemTime) -> ApiError {
     let headers = source.headers.clone().unwrap_or_default();
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
     // Two limits: a short one with `Retry-After`, and the hourly one with the time of its end.
-    let short = http_client::retry_after(&headers, now, Duration::MAX);
+    let short = http::retry_after(&headers, now, Duration::MAX);
     let hourly = (header("x-ratelimit-remaining") == Some("0")).then(|| {
-        let end = header("x-ratelimit-reset").and_then(|seconds| seconds.parse().ok());
-        let end = end.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
+        let end = header("x-ratelimit-reset")
+            .and_then(|seconds| seconds.parse().ok())
+            .and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
         end.map(|end| end.duration_since(now).unwrap_or_default())
     });
     match (source.status_code, short, hourly) {
@@ -155,10 +157,10 @@ fn refusal(error: &octocrab::Error, what: &str, now: SystemTime) -> ApiError {
     }
 }
 
-/// What is asked of the list.
+/// The filter of the list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// What keys begin with.
+    /// A prefix of keys.
     pub key: Option<String>,
     /// The ref, in full.
     pub reference: Option<String>,
@@ -177,8 +179,12 @@ impl Caches {
         Self { client, repository }
     }
 
-    /// Makes a request anew while GitHub asks to wait, for no longer than a person would.
-    async fn patiently<T, F>(&self, what: &str, request: impl Fn() -> F) -> Result<T, ApiError>
+    /// Repeats a request while GitHub's rate limit asks to wait, for no longer than a person would.
+    async fn with_rate_limit_retry<T, F>(
+        &self,
+        what: &str,
+        request: impl Fn() -> F,
+    ) -> Result<T, ApiError>
     where
         F: Future<Output = Result<T, octocrab::Error>>,
     {
@@ -191,7 +197,7 @@ impl Caches {
             let ApiError::Throttled { wait } = &error else {
                 return Err(error);
             };
-            let wait = wait.unwrap_or(UNTOLD_WAIT);
+            let wait = wait.unwrap_or(DEFAULT_RATE_LIMIT_WAIT);
             if wait > LONGEST_WAIT || attempt == ATTEMPTS {
                 return Err(error);
             }
@@ -203,20 +209,20 @@ impl Caches {
     /// The entries that `filter` lets through, the oldest first.
     ///
     /// # Errors
-    /// Where a page of them cannot be had: a part of the list could pass for the whole.
-    pub async fn list(&self, filter: &Filter) -> Result<Vec<Entry>, ApiError> {
+    /// Fails if a page of them is unavailable: an incomplete list could pass for the whole.
+    pub async fn list(&self, filter: &Filter) -> Result<Vec<CacheEntry>, ApiError> {
         let Repository { owner, name } = &self.repository;
         let what = format!("the repository {}", self.repository);
         let actions = self.client.actions();
-        // By number, since an entry that comes in meanwhile moves others to the next page.
-        let mut entries: BTreeMap<i64, Entry> = BTreeMap::new();
+        // By number, since a new entry moves others to the next page.
+        let mut entries: BTreeMap<i64, CacheEntry> = BTreeMap::new();
         let mut seen = 0;
         for page in 1..=PAGES {
             let list = self
-                .patiently(&what, || {
+                .with_rate_limit_retry(&what, || {
                     let mut list = actions
                         .list_repo_caches(owner, name)
-                        // What comes in meanwhile is then on the last page.
+                        // New entries are then on the last page.
                         .sort("created_at")
                         .direction("asc")
                         .per_page(PER_PAGE)
@@ -232,8 +238,8 @@ impl Caches {
                 .await?;
             let count = i64::try_from(list.actions_caches.len()).unwrap_or(i64::MAX);
             seen += count;
-            let items = list.actions_caches.into_iter().map(Entry::from);
-            // A service that knows no filter must not make us take what was not meant.
+            let items = list.actions_caches.into_iter().map(CacheEntry::from);
+            // A service that ignores the filter must not make us select other entries.
             let meant = items.filter(|entry| {
                 let key = filter.key.as_ref();
                 let reference = filter.reference.as_ref();
@@ -245,20 +251,21 @@ impl Caches {
                 break;
             }
         }
-        let mut entries: Vec<Entry> = entries.into_values().collect();
+        let mut entries: Vec<CacheEntry> = entries.into_values().collect();
         entries.sort_by_key(|entry| (entry.created, entry.id));
         Ok(entries)
     }
 
-    /// Deletes an entry. Says whether it was there: another may have been quicker, or GitHub itself.
+    /// Deletes an entry. Returns whether it was there: another client or GitHub itself may have
+    /// deleted it before.
     ///
     /// # Errors
-    /// Where it may still be there.
-    pub async fn delete(&self, entry: &Entry) -> Result<bool, ApiError> {
+    /// Fails if it may still be there.
+    pub async fn delete(&self, entry: &CacheEntry) -> Result<bool, ApiError> {
         let Repository { owner, name } = &self.repository;
         let actions = self.client.actions();
         let deleted = self
-            .patiently(&entry.key, || {
+            .with_rate_limit_retry(&entry.key, || {
                 actions.delete_repo_cache(owner, name, entry.id)
             })
             .await;
@@ -269,12 +276,13 @@ impl Caches {
         }
     }
 
-    /// Which of `references` are no more: pull requests (`refs/pull/…`) that are closed, branches
-    /// and tags that are not in the list of them. The list of caches itself does not tell; this asks
-    /// one question for each ref, and takes nothing for an answer but GitHub's word.
+    /// The `references` that no longer exist: pull requests (`refs/pull/…`) that are closed,
+    /// branches and tags that are not in the list of them. The list of caches does not contain
+    /// this; so this sends one request for each ref, and accepts nothing but GitHub's explicit
+    /// answer.
     ///
     /// # Errors
-    /// Where one of them cannot be asked for.
+    /// Fails if GitHub does not answer for one of them.
     pub async fn gone(&self, references: &BTreeSet<String>) -> Result<BTreeSet<String>, ApiError> {
         let mut gone = BTreeSet::new();
         for reference in references {
@@ -304,16 +312,21 @@ impl Caches {
         let base = format!("/repos/{}", self.repository);
         if let Some(number) = pull_request(reference) {
             let route = format!("{base}/pulls/{number}");
-            let answer = self.patiently(reference, || get(route.clone())).await?;
+            let answer = self
+                .with_rate_limit_retry(reference, || get(route.clone()))
+                .await?;
             let answer: PullRequest = serde_json::from_value(answer).map_err(unreadable)?;
             return Ok(answer.state == "closed");
         }
         let Some(short) = reference.strip_prefix("refs/") else {
             return Ok(false);
         };
-        // Not the ref itself: for that, "no such ref" and "not to be seen" are both 404.
+        // It does not ask for the ref itself: GitHub answers 404 both for a missing ref and for one
+        // that the token may not see.
         let route = format!("{base}/git/matching-refs{}", path(short));
-        let answer = self.patiently(reference, || get(route.clone())).await?;
+        let answer = self
+            .with_rate_limit_retry(reference, || get(route.clone()))
+            .await?;
         let answer: Vec<Reference> = serde_json::from_value(answer).map_err(unreadable)?;
         Ok(answer.iter().all(|found| found.r#ref != reference))
     }
@@ -325,7 +338,7 @@ fn pull_request(reference: &str) -> Option<u64> {
     matches!(kind, "merge" | "head").then(|| number.parse().ok())?
 }
 
-/// The parts of `reference` as a path, each with what a URL may not have written as it must be.
+/// `reference` as a path, with each part percent-encoded.
 fn path(reference: &str) -> String {
     let Ok(mut url) = Url::parse("http://host/") else {
         return String::new();

@@ -1,22 +1,24 @@
-//! GitHub's REST API, through octocrab on this binary's own HTTP client, and its cache service.
+//! GitHub's REST API, through octocrab on this binary's own HTTP client.
 
-pub mod cache_client;
 pub mod caches;
 
 use octocrab::Octocrab;
 use octocrab::models::repos::Release;
 use semver::Version;
 
+use crate::format::with_causes;
+
 /// GitHub's public API.
 pub const API_URL: &str = "https://api.github.com";
 
-/// How many pages of releases are read, of a hundred each: sccache has had some sixty in ten years.
+/// How many pages of releases are read, of a hundred each: sccache has had some sixty releases in
+/// ten years.
 const PAGES: u32 = 3;
 
-/// A client of the API at `api_url`. A `token` goes to that host and to no other.
+/// A client of the API at `api_url`. A `token` goes to that host only.
 ///
 /// # Errors
-/// Where `api_url` is no URL.
+/// Fails if `api_url` is no URL.
 pub fn client(
     http: reqwest::Client,
     api_url: &str,
@@ -32,7 +34,7 @@ pub fn client(
 /// The version of the latest release of `owner/repository`.
 ///
 /// # Errors
-/// Where the API does not answer, or not with a version.
+/// Fails if the API does not answer, or not with a version.
 pub async fn latest_release(
     client: &Octocrab,
     owner: &str,
@@ -49,7 +51,7 @@ pub async fn latest_release(
 /// The versions of all releases of `owner/repository`, without drafts and prereleases.
 ///
 /// # Errors
-/// Where the API does not answer.
+/// Fails if the API does not answer.
 pub async fn releases(
     client: &Octocrab,
     owner: &str,
@@ -77,7 +79,7 @@ fn version(release: &Release) -> Option<Version> {
     Version::parse(tag.strip_prefix('v').unwrap_or(tag)).ok()
 }
 
-/// What an error of octocrab's says to a user.
+/// The message of an octocrab error for a user.
 pub fn explain(error: &octocrab::Error) -> String {
     match error {
         octocrab::Error::GitHub { source, .. } => {
@@ -85,15 +87,4 @@ pub fn explain(error: &octocrab::Error) -> String {
         }
         other => with_causes(other),
     }
-}
-
-/// What `error` and each of its causes say, in one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

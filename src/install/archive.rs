@@ -1,4 +1,4 @@
-//! Taking sccache's binary out of a release archive, and nothing else.
+//! Unpacks sccache's binary from a release archive, and nothing else.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -20,7 +20,7 @@ pub enum ArchiveError {
     /// A member has a path that could lead out of the archive's folder.
     #[error("it has a member with the unsafe path `{0}`")]
     UnsafePath(String),
-    /// A member is a link, a device or the like.
+    /// A member is a link, a device or another special file.
     #[error("its member `{0}` is neither a file nor a folder")]
     NotAFile(String),
     /// The binary is in it twice.
@@ -29,22 +29,22 @@ pub enum ArchiveError {
     /// The binary is not in it.
     #[error("`{0}` is not in it")]
     Missing(String),
-    /// It unpacks to more than it may.
+    /// It unpacks to more than the limit.
     #[error("it unpacks to more than {} MiB", UNPACKED_LIMIT >> 20)]
     TooLarge,
     /// It is cut off or corrupt, or a file could not be written.
-    #[error("it cannot be unpacked: {0}")]
+    #[error("cannot unpack it: {0}")]
     Io(#[from] io::Error),
 }
 
 /// Unpacks the member `folder/binary` of the gzipped tar archive `archive` to the file `target`,
 /// which must not exist, and makes it executable. Nothing else is written.
 ///
-/// The whole archive is read, so that its checksum is, and every member's path is checked: an
+/// It reads the whole archive, which verifies its checksum, and checks every member's path: an
 /// archive with one unsafe member is none of sccache's.
 ///
 /// # Errors
-/// Where the archive is not as it should be, or `target` cannot be written.
+/// Fails if the archive is not as it should be, or `target` cannot be written.
 pub fn unpack(
     archive: impl Read,
     folder: &str,
@@ -82,7 +82,7 @@ pub fn unpack(
             _ => return Err(ArchiveError::NotAFile(path)),
         }
     }
-    // What follows the last member has the checksum of the whole behind it.
+    // The checksum of the whole is behind the bytes that follow the last member.
     io::copy(&mut unpacked, &mut io::sink())?;
     if unpacked.limit() == 0 {
         return Err(ArchiveError::TooLarge);
@@ -93,7 +93,7 @@ pub fn unpack(
     Ok(())
 }
 
-/// The path without `./`, where it stays inside the folder it is unpacked in.
+/// The path without `./`; an error if it leads out of the folder.
 fn checked_path(path: &str) -> Result<String, ArchiveError> {
     let mut parts = Vec::new();
     // A backslash is a separator on one system and part of a name on another.
@@ -152,7 +152,7 @@ mod tests {
                     (path, &[])
                 }
             };
-            // `set_path` would refuse what is to be refused.
+            // `set_path` refuses the paths that this test needs.
             header.as_gnu_mut().unwrap().name[..path.len()].copy_from_slice(path.as_bytes());
             header.set_size(content.len() as u64);
             header.set_cksum();

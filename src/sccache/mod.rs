@@ -1,7 +1,7 @@
-//! Speaking to an installed sccache: its server and its statistics.
+//! An installed sccache: its server, its statistics, and the state folder of a set-up.
 
-pub mod rights;
+pub mod outputs;
 pub mod server;
-pub mod state;
+pub mod state_dir;
 pub mod stats;
 pub mod times;

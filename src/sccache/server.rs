@@ -13,7 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
-use crate::action::environment::Environment;
+use crate::runner::environment::Environment;
 
 /// Time for the server to start. It reads and writes a probe object meanwhile, so this spans a few
 /// slow requests; sccache itself gives its server 10 s before it reports a time-out.
@@ -29,7 +29,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time for the probe compile. A cold rustc on a slow disk takes seconds.
 pub(crate) const COMPILE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much of what sccache prints is kept in an error, in characters.
+/// How much of sccache's output an error keeps, in characters.
 const KEPT_OUTPUT: usize = 2_000;
 
 /// An sccache binary and the port its server has or will have.
@@ -43,7 +43,7 @@ pub struct Server {
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The binary could not be run at all.
-    #[error("{} cannot be run: {error}", sccache.display())]
+    #[error("cannot run {}: {error}", sccache.display())]
     NotRun {
         /// The binary.
         sccache: PathBuf,
@@ -52,7 +52,7 @@ pub enum ServerError {
         error: io::Error,
     },
     /// It took longer than it may.
-    #[error("`sccache {call}` gave no answer in {} s", limit.as_secs())]
+    #[error("`sccache {call}` did not answer within {} s", limit.as_secs())]
     TimedOut {
         /// The arguments.
         call: String,
@@ -72,7 +72,7 @@ pub enum ServerError {
         call: String,
         /// Its exit status, in words.
         status: String,
-        /// What it printed, shortened.
+        /// Its output, shortened.
         output: String,
     },
 }
@@ -103,14 +103,14 @@ impl ServerError {
 
 const ADDRESS_IN_USE: &str = "Address in use";
 
-/// What is said where sccache fails and prints nothing.
+/// The message for a failure of sccache that prints nothing.
 const NO_REASON: &str = "sccache gave no reason";
 
-/// A server that this process started. It is killed when this value is dropped, unless it is left
-/// to itself before.
+/// A server that this process started. It is killed when this value is dropped, unless
+/// [`ServerProcess::leave`] was called.
 #[derive(Debug)]
 pub struct ServerProcess {
-    /// `None` where sccache itself put the server into the background.
+    /// `None` if sccache itself put the server into the background.
     child: Option<Child>,
 }
 
@@ -121,8 +121,8 @@ impl ServerProcess {
         std::mem::forget(self.child);
     }
 
-    /// Waits until the server ends. `None` where it ended well, else how, in words. Never ends for
-    /// a server in the background.
+    /// Waits until the server ends. Returns `None` if it ended with success, otherwise its status in words.
+    /// Never returns for a server in the background.
     pub async fn end(&mut self) -> Option<String> {
         let Some(child) = &mut self.child else {
             return std::future::pending().await;
@@ -153,16 +153,16 @@ impl Server {
 
     /// Starts the server with `environment` and nothing else in its environment.
     ///
-    /// On Unix it is a child of this process in a group of its own. sccache's `--start-server` would
-    /// have it end its ties itself, and set a umask of 027, so that each object would have the mode
-    /// 640; and it would put a socket into the folder for temporary files, whose path may be too long.
+    /// On Unix it is a child of this process in a group of its own. sccache's `--start-server` would detach
+    /// it, and set a umask of 027, so that each object would have the mode 640; and it would put a socket
+    /// into the folder for temporary files, whose path may be too long.
     ///
     /// # Errors
-    /// Where it did not start, with what it said.
+    /// [`ServerError`] if it did not start, with its message.
     pub async fn start(&self, environment: &Environment) -> Result<ServerProcess, ServerError> {
         #[cfg(unix)]
-        if let Some(notice) = notice::Notice::listen(environment) {
-            return self.start_as_child(environment, notice).await;
+        if let Some(startup) = startup::StartupSocket::listen(environment) {
+            return self.start_as_child(environment, startup).await;
         }
         self.start_in_background(environment).await?;
         Ok(ServerProcess { child: None })
@@ -172,7 +172,7 @@ impl Server {
     async fn start_as_child(
         &self,
         environment: &Environment,
-        notice: notice::Notice,
+        startup: startup::StartupSocket,
     ) -> Result<ServerProcess, ServerError> {
         let mut command = self.command::<&str>(&[], Some(environment));
         let said = tempfile::tempfile().ok();
@@ -180,7 +180,7 @@ impl Server {
         command
             .env("SCCACHE_START_SERVER", "1")
             .env("SCCACHE_NO_DAEMON", "1")
-            .env("SCCACHE_STARTUP_NOTIFY", notice.path())
+            .env("SCCACHE_STARTUP_NOTIFY", startup.path())
             // It must not keep anybody from removing the folder that this step runs in.
             .current_dir("/")
             .process_group(0)
@@ -194,18 +194,20 @@ impl Server {
         let started = timeout(START_TIMEOUT, async {
             tokio::select! {
                 biased;
-                notified = notice.wait() => notified.map_err(|error| error.to_string()),
-                status = child.wait() => Ok(notice::Started::Ended(
+                notified = startup.wait() => notified.map_err(|error| error.to_string()),
+                status = child.wait() => Ok(startup::StartupOutcome::Ended(
                     status.map_or_else(|error| error.to_string(), |status| status.to_string()),
                 )),
             }
         });
         let call = "--start-server".to_owned();
         let reason = match started.await {
-            Ok(Ok(notice::Started::Listening)) => return Ok(ServerProcess { child: Some(child) }),
-            Ok(Ok(notice::Started::AddressInUse)) => ADDRESS_IN_USE.to_owned(),
-            Ok(Ok(notice::Started::Refused(reason))) => reason,
-            Ok(Ok(notice::Started::Ended(status))) => {
+            Ok(Ok(startup::StartupOutcome::Listening)) => {
+                return Ok(ServerProcess { child: Some(child) });
+            }
+            Ok(Ok(startup::StartupOutcome::AddressInUse)) => ADDRESS_IN_USE.to_owned(),
+            Ok(Ok(startup::StartupOutcome::Refused(reason))) => reason,
+            Ok(Ok(startup::StartupOutcome::Ended(status))) => {
                 let output = shortened(&[what_was_written(said)]);
                 return Err(ServerError::Failed {
                     call,
@@ -213,7 +215,7 @@ impl Server {
                     output,
                 });
             }
-            Ok(Err(error)) => format!("what it said of its start cannot be read: {error}"),
+            Ok(Err(error)) => format!("its startup message is unreadable: {error}"),
             Err(_) => {
                 let limit = START_TIMEOUT;
                 return Err(ServerError::TimedOut { call, limit });
@@ -226,8 +228,8 @@ impl Server {
     async fn start_in_background(&self, environment: &Environment) -> Result<(), ServerError> {
         let call = "--start-server";
         let mut command = self.command(&[call], Some(environment));
-        // The server may hold what this call prints to for as long as it lives, so the end is that
-        // of the call and not that of a pipe. Without files only the words of a failure are lost.
+        // The server may hold what this call prints to for as long as it lives, so the end is that of the
+        // call and not that of a pipe. Without files only the message of a failure is lost.
         let said = [tempfile::tempfile().ok(), tempfile::tempfile().ok()];
         let [stdout, stderr] = said.each_ref().map(|file| {
             let file = file.as_ref().and_then(|file| file.try_clone().ok());
@@ -244,12 +246,12 @@ impl Server {
                 stderr,
             }))
         };
-        self.judge(output.await, call.to_owned(), START_TIMEOUT)
+        self.check_output(output.await, call.to_owned(), START_TIMEOUT)
             .map(drop)
     }
 
-    /// Whether something listens on the server's port. Asking sccache itself would not do: its
-    /// client starts a server where there is none.
+    /// Whether something listens on the server's port. Asking sccache itself would not work: its client
+    /// starts a server if there is none.
     pub async fn is_listening(&self) -> bool {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
         matches!(
@@ -261,7 +263,7 @@ impl Server {
     /// The statistics, as sccache prints them in JSON.
     ///
     /// # Errors
-    /// Where the server did not answer.
+    /// [`ServerError`] if the server did not answer.
     pub async fn statistics(&self) -> Result<String, ServerError> {
         let call = ["--show-stats", "--stats-format", "json"];
         let output = self.call(&call, None, ASK_TIMEOUT).await?;
@@ -271,7 +273,7 @@ impl Server {
     /// Sets the statistics to zero.
     ///
     /// # Errors
-    /// Where the server did not answer.
+    /// [`ServerError`] if the server did not answer.
     pub async fn zero_statistics(&self) -> Result<(), ServerError> {
         self.call(&["--zero-stats"], None, ASK_TIMEOUT)
             .await
@@ -281,7 +283,7 @@ impl Server {
     /// Stops the server, once it has finished what is in flight.
     ///
     /// # Errors
-    /// Where it did not stop.
+    /// [`ServerError`] if it did not stop.
     pub async fn stop(&self) -> Result<(), ServerError> {
         self.call(&["--stop-server"], None, STOP_TIMEOUT)
             .await
@@ -291,7 +293,7 @@ impl Server {
     /// Runs one compile through the server, in `folder`.
     ///
     /// # Errors
-    /// Where it failed, be it sccache or the compiler.
+    /// [`ServerError`] if sccache or the compiler failed.
     pub async fn compile(
         &self,
         environment: &Environment,
@@ -312,16 +314,18 @@ impl Server {
     ) -> Command {
         let mut command = Command::new(&self.sccache);
         command.args(arguments);
-        // sccache's client starts a server where none listens, so no call may see a token that is
-        // the runner's alone.
-        let own = environment.is_none().then(Environment::of_this_process);
-        let own = own.map(|environment| environment.for_programs());
+        // sccache's client starts a server if none listens, so no call may see a token that is the runner's
+        // alone.
+        let own = environment
+            .is_none()
+            .then(Environment::of_this_process)
+            .map(|environment| environment.for_programs());
         if let Some(environment) = environment.or(own.as_ref()) {
             command.env_clear().envs(environment.iter());
         }
         command
             .env("SCCACHE_SERVER_PORT", self.port.to_string())
-            // Newer versions prefer a socket where one is named; this server has a port.
+            // Newer versions prefer a socket if one is named; this server has a port.
             .env_remove("SCCACHE_SERVER_UDS")
             .stdin(Stdio::null())
             .kill_on_drop(true);
@@ -345,10 +349,10 @@ impl Server {
         limit: Duration,
     ) -> Result<Output, ServerError> {
         let output = timeout(limit, command.output()).await;
-        self.judge(output, call, limit)
+        self.check_output(output, call, limit)
     }
 
-    fn judge(
+    fn check_output(
         &self,
         output: Result<io::Result<Output>, Elapsed>,
         call: String,
@@ -376,7 +380,7 @@ impl Server {
 /// A port of 127.0.0.1 that nothing listened on just now.
 ///
 /// # Errors
-/// Where the system has none left.
+/// [`io::Error`] if the system has none left.
 pub fn free_port() -> io::Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     Ok(listener.local_addr()?.port())
@@ -386,13 +390,13 @@ fn what_was_written(file: Option<File>) -> Vec<u8> {
     let mut text = Vec::new();
     if let Some(mut file) = file {
         let read = file.rewind().and_then(|()| file.read_to_end(&mut text));
-        // What cannot be read was never more than the words of a failure.
+        // Only the message of a failure would be lost.
         drop(read);
     }
     text
 }
 
-/// What sccache said of its failure, without the stack trace some versions print after it.
+/// sccache's message about its failure, without the stack trace that some versions print after it.
 fn what_was_said(output: &Output) -> String {
     shortened(&[output.stderr.clone(), output.stdout.clone()])
 }
@@ -430,10 +434,10 @@ fn cut(said: String) -> String {
     }
 }
 
-/// How a server says that it has started: with one message through a socket whose path is in its
-/// environment (`notify_server_startup` in `src/server.rs` of sccache).
+/// The startup message of a server, sent through a socket whose path is in its environment
+/// (`notify_server_startup` in `src/server.rs` of sccache).
 #[cfg(unix)]
-mod notice {
+mod startup {
     use std::io;
     use std::path::{Path, PathBuf};
 
@@ -441,29 +445,29 @@ mod notice {
     use tokio::io::AsyncReadExt;
     use tokio::net::UnixListener;
 
-    use crate::action::environment::Environment;
+    use crate::runner::environment::Environment;
 
-    /// The most bytes that a message is taken for.
+    /// The longest message that is accepted, in bytes.
     const MESSAGE_LIMIT: u32 = 1 << 20;
 
-    /// What became of a server.
+    /// The outcome of starting a server.
     #[derive(Debug, PartialEq, Eq)]
-    pub enum Started {
+    pub enum StartupOutcome {
         Listening,
         AddressInUse,
         Refused(String),
-        /// It ended and said nothing; with its status.
+        /// It ended without a message; with its status.
         Ended(String),
     }
 
-    pub struct Notice {
+    pub struct StartupSocket {
         listener: UnixListener,
         path: PathBuf,
         _folder: TempDir,
     }
 
-    impl Notice {
-        /// A socket in the first folder for temporary files that can have one.
+    impl StartupSocket {
+        /// Opens a socket in the first folder for temporary files that can have one.
         pub fn listen(environment: &Environment) -> Option<Self> {
             let named = environment.path("TMPDIR");
             let folders = named.into_iter().chain([PathBuf::from("/tmp")]);
@@ -486,7 +490,7 @@ mod notice {
             &self.path
         }
 
-        pub async fn wait(&self) -> io::Result<Started> {
+        pub async fn wait(&self) -> io::Result<StartupOutcome> {
             let (mut stream, _) = self.listener.accept().await?;
             let length = stream.read_u32().await?;
             if length > MESSAGE_LIMIT {
@@ -494,23 +498,23 @@ mod notice {
             }
             let mut message = vec![0; length as usize];
             stream.read_exact(&mut message).await?;
-            understand(&message).ok_or_else(|| io::ErrorKind::InvalidData.into())
+            parse_message(&message).ok_or_else(|| io::ErrorKind::InvalidData.into())
         }
     }
 
     /// The message is in bincode: the number of the variant in four bytes, a text with its length in
     /// eight before it, all of them little-endian.
-    pub fn understand(message: &[u8]) -> Option<Started> {
+    pub fn parse_message(message: &[u8]) -> Option<StartupOutcome> {
         let (variant, rest) = message.split_first_chunk()?;
         match u32::from_le_bytes(*variant) {
-            0 => Some(Started::Listening),
-            1 => Some(Started::AddressInUse),
-            2 => Some(Started::Refused("it took too long".to_owned())),
+            0 => Some(StartupOutcome::Listening),
+            1 => Some(StartupOutcome::AddressInUse),
+            2 => Some(StartupOutcome::Refused("it took too long".to_owned())),
             3 => {
                 let (length, text) = rest.split_first_chunk()?;
                 let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
                 let text = String::from_utf8_lossy(text.get(..length)?);
-                Some(Started::Refused(text.into_owned()))
+                Some(StartupOutcome::Refused(text.into_owned()))
             }
             _ => None,
         }
@@ -559,14 +563,20 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn what_a_server_says_of_its_start_is_understood_or_refused() {
-        use notice::{Started, understand};
+        use startup::{StartupOutcome, parse_message};
         let refused =
             |length: u64| [&3u32.to_le_bytes()[..], &length.to_le_bytes(), b"why"].concat();
-        assert_eq!(understand(&[0, 0, 0, 0, 9]), Some(Started::Listening));
-        assert_eq!(understand(&[1, 0, 0, 0]), Some(Started::AddressInUse));
         assert_eq!(
-            understand(&refused(3)),
-            Some(Started::Refused("why".to_owned()))
+            parse_message(&[0, 0, 0, 0, 9]),
+            Some(StartupOutcome::Listening)
+        );
+        assert_eq!(
+            parse_message(&[1, 0, 0, 0]),
+            Some(StartupOutcome::AddressInUse)
+        );
+        assert_eq!(
+            parse_message(&refused(3)),
+            Some(StartupOutcome::Refused("why".to_owned()))
         );
         for bad in [
             &refused(4)[..],
@@ -575,7 +585,7 @@ mod tests {
             &[0, 0],
             b"",
         ] {
-            assert_eq!(understand(bad), None, "{bad:?}");
+            assert_eq!(parse_message(bad), None, "{bad:?}");
         }
     }
 

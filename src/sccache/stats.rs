@@ -1,31 +1,36 @@
 //! The statistics that `sccache --show-stats --stats-format json` prints.
 //!
-//! Versions differ: 0.4.0-pre.6 (Debian's) names no version, 0.7 added counts by compiler, 0.9 the
-//! number of compilations, 0.14 the base directories. What a version does not have is `None` here
-//! rather than 0, and what this reader does not know is left alone.
+//! Versions differ: 0.4.0-pre.6 (Debian's) names no version, 0.7 added counts by compiler, 0.9 the number
+//! of compilations, 0.14 the base directories. A count that a version does not have is `None` here rather
+//! than 0, and this reader ignores fields that it does not know.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
-/// All that sccache says of itself and its cache.
+use crate::format::pluralize;
+
+/// sccache's statistics of itself and its cache.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Stats {
     #[serde(rename = "stats")]
     counts: Counts,
-    /// Where objects are kept, in sccache's words.
+    /// The location of the objects, in sccache's words.
     #[serde(default)]
     pub cache_location: Option<String>,
-    /// What the cache holds, in bytes; local disk only.
+    /// The size of the cache, in bytes; local disk only.
     #[serde(default)]
     pub cache_size: Option<u64>,
-    /// What the cache may hold, in bytes; local disk only.
+    /// The size limit of the cache, in bytes; local disk only.
     #[serde(default)]
     pub max_cache_size: Option<u64>,
     /// The version of the client that printed this (0.4.0 and newer).
     #[serde(default)]
     pub version: Option<String>,
+    /// How many compiles failed, if somebody counted them; see [`Stats::set_failures`].
+    #[serde(skip)]
+    failures: Option<u64>,
 }
 
 /// The counters. Each counts since the server started or since they were set to zero.
@@ -96,11 +101,11 @@ struct Elapsed(Duration);
 impl<'de> Deserialize<'de> for Elapsed {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        struct Parts {
+        struct SecondsAndNanos {
             secs: u64,
             nanos: u32,
         }
-        let parts = Parts::deserialize(deserializer)?;
+        let parts = SecondsAndNanos::deserialize(deserializer)?;
         let seconds = Duration::from_secs(parts.secs);
         let total = seconds.saturating_add(Duration::from_nanos(u64::from(parts.nanos)));
         Ok(Self(total))
@@ -109,10 +114,10 @@ impl<'de> Deserialize<'de> for Elapsed {
 
 /// Text that is not statistics.
 #[derive(Debug, thiserror::Error)]
-#[error("sccache's statistics cannot be read: {0}")]
+#[error("cannot read sccache's statistics: {0}")]
 pub struct StatsError(#[from] serde_json::Error);
 
-/// What the cache did for one language.
+/// The counts of one language.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LanguageRow<'a> {
     /// The language in sccache's words: `C/C++`, `Rust`, `CUDA`, `Assembler`.
@@ -126,7 +131,7 @@ pub struct LanguageRow<'a> {
 }
 
 impl LanguageRow<'_> {
-    /// Hits, misses and what failed.
+    /// Hits, misses and failures.
     pub fn total(&self) -> u64 {
         self.lookups().saturating_add(self.failed)
     }
@@ -152,7 +157,7 @@ pub struct MeanTimes {
     pub compile: Option<Duration>,
 }
 
-/// What can go wrong.
+/// The kinds of cache errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// A failed read from the cache.
@@ -164,20 +169,21 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    /// What it is, to follow a number.
-    pub fn in_words(self) -> &'static str {
-        match self {
-            Self::Read => "cache reads that failed",
-            Self::Timeout => "cache reads that timed out",
-            Self::Write => "cache writes that failed",
-        }
+    /// That it happened so often, as a clause: `1 cache write failed`.
+    pub fn counted(self, count: u64) -> String {
+        let (what, became) = match self {
+            Self::Read => ("cache read", "failed"),
+            Self::Timeout => ("cache read", "timed out"),
+            Self::Write => ("cache write", "failed"),
+        };
+        format!("{} {became}", pluralize(count, what))
     }
 }
 
-/// Something that went wrong, and how often.
+/// A kind of error, and how often it happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorCount {
-    /// What.
+    /// The kind.
     pub kind: ErrorKind,
     /// How often.
     pub count: u64,
@@ -190,20 +196,20 @@ pub struct Reason<'a> {
     pub reason: &'a str,
     /// How often.
     pub count: u64,
-    /// What it means and what can be done, or `None` where this is not known.
+    /// Its meaning and its fix, or `None` if unknown.
     pub explanation: Option<&'static str>,
 }
 
 impl Stats {
-    /// Reads what sccache printed.
+    /// Parses sccache's output.
     ///
     /// # Errors
-    /// Where it is not the JSON of statistics.
+    /// [`StatsError`] if it is not the JSON of statistics.
     pub fn parse(json: &str) -> Result<Self, StatsError> {
         Ok(serde_json::from_str(json)?)
     }
 
-    /// Calls of sccache with a compiler, whatever became of them.
+    /// Calls of sccache with a compiler, whatever their outcome.
     pub fn requests(&self) -> u64 {
         self.counts.compile_requests
     }
@@ -223,12 +229,34 @@ impl Stats {
         self.counts.cache_misses.total()
     }
 
+    /// Sets how many compiles failed, as the wrapper counted them. sccache counts these, under
+    /// `compile_fails` and `cache_errors`, together with failed reads from the cache
+    /// (`MissType::CacheReadError` in its `src/server.rs`), so the one number is needed to get the other.
+    pub fn set_failures(&mut self, failures: u64) {
+        self.failures = Some(failures);
+    }
+
+    /// All failures that sccache counts, of any kind.
+    fn all_failures(&self) -> u64 {
+        let of_cache = self.counts.cache_errors.total();
+        self.counts.compile_fails.saturating_add(of_cache)
+    }
+
+    /// Reads from the cache that failed. Each such compile is a miss too.
+    fn read_errors(&self) -> u64 {
+        let named = self.counts.cache_read_errors;
+        let left = self.failures.map_or(0, |failures| {
+            let left = self.all_failures().saturating_sub(failures);
+            left.min(self.misses())
+                .min(self.counts.cache_errors.total())
+        });
+        named.max(left)
+    }
+
     /// Reads from the cache that failed or took too long. These compiles are among the misses.
     pub fn errors(&self) -> u64 {
-        let counts = &self.counts;
-        counts
-            .cache_read_errors
-            .saturating_add(counts.cache_timeouts)
+        self.read_errors()
+            .saturating_add(self.counts.cache_timeouts)
     }
 
     /// Compiles that sccache looked up: hits and misses.
@@ -236,8 +264,8 @@ impl Stats {
         self.hits().saturating_add(self.misses())
     }
 
-    /// Hits among [`Stats::lookups`], from 0 to 1; `None` where nothing was looked up. What failed
-    /// before that is not in it: configure scripts have compiles that must fail.
+    /// Hits among [`Stats::lookups`], from 0 to 1; `None` if nothing was looked up. Compiles that failed
+    /// before are not in it: configure scripts have compiles that must fail.
     pub fn hit_rate(&self) -> Option<f64> {
         ratio(self.hits(), self.lookups())
     }
@@ -257,16 +285,14 @@ impl Stats {
         self.counts.requests_unsupported_compiler
     }
 
-    /// Compiles that failed as they would have without sccache. What it calls errors of the cache are compiles
-    /// that could not be preprocessed, whose output is the compiler's own, and reads that failed; what it got
-    /// wrong itself the wrapper notes.
+    /// Compiles that failed as they would have without sccache. Its cache errors are compiles that could
+    /// not be preprocessed, whose output is the compiler's own, and failed reads. The wrapper notes
+    /// sccache's own failures.
     pub fn compile_failures(&self) -> u64 {
-        let preprocessing = self.counts.cache_errors.total();
-        let preprocessing = preprocessing.saturating_sub(self.counts.cache_read_errors);
-        self.counts.compile_fails.saturating_add(preprocessing)
+        self.all_failures().saturating_sub(self.read_errors())
     }
 
-    /// Compiles whose object was written anew because `SCCACHE_RECACHE` asked for it.
+    /// Compiles whose object was written again because `SCCACHE_RECACHE` asked for it.
     pub fn forced_recaches(&self) -> u64 {
         self.counts.forced_recaches
     }
@@ -288,7 +314,7 @@ impl Stats {
         settled.into_iter().fold(self.misses(), u64::saturating_sub)
     }
 
-    /// What the cache did by language, the busiest first.
+    /// The counts by language, the busiest first.
     pub fn languages(&self) -> Vec<LanguageRow<'_>> {
         let counts = &self.counts;
         let all = [
@@ -328,8 +354,8 @@ impl Stats {
         }
     }
 
-    /// The compiler time that hits saved, were each as long as the average compile that was not in
-    /// the cache. An estimate, and `None` where there was no compile to measure by.
+    /// The compiler time that hits saved, if each had taken as long as the average compile that was not in
+    /// the cache. An estimate, and `None` if there was no compile to measure.
     pub fn saved(&self) -> Option<Duration> {
         let times = self.mean_times();
         let saved = times.compile?.saturating_sub(times.read?);
@@ -337,11 +363,11 @@ impl Stats {
         u64::try_from(nanoseconds).ok().map(Duration::from_nanos)
     }
 
-    /// What went wrong, without what did not.
+    /// The errors that happened, by kind.
     pub fn error_counts(&self) -> Vec<ErrorCount> {
         let counts = &self.counts;
         [
-            (ErrorKind::Read, counts.cache_read_errors),
+            (ErrorKind::Read, self.read_errors()),
             (ErrorKind::Timeout, counts.cache_timeouts),
             (ErrorKind::Write, counts.cache_write_errors),
         ]
@@ -380,10 +406,10 @@ fn mean(total: Elapsed, count: u64) -> Option<Duration> {
     u64::try_from(nanoseconds).ok().map(Duration::from_nanos)
 }
 
-/// What sccache's reasons mean (`cannot_cache!` in `src/compiler/` of sccache; those of Rust and
-/// gcc were checked by calling sccache 0.16 so that it gives them).
+/// The meanings of sccache's reasons (`cannot_cache!` in `src/compiler/` of sccache; those of Rust and gcc
+/// were checked by calling sccache 0.16 so that it gives them).
 fn explanation(reason: &str) -> Option<&'static str> {
-    // sccache 0.19 says which crate types: `crate-type (bin)`.
+    // sccache 0.19 names the crate types: `crate-type (bin)`.
     let kind = reason.split_once(" (").map_or(reason, |(kind, _)| kind);
     Some(match kind {
         "crate-type" => {
@@ -520,6 +546,29 @@ mod tests {
         assert_eq!(stats.saved(), None);
         let none = r#"{"stats": {"compile_requests": 0, "requests_executed": 0}}"#;
         assert_eq!(Stats::parse(none).unwrap().hit_rate(), None);
+    }
+
+    #[test]
+    fn reads_that_failed_are_what_is_left_of_sccaches_errors_without_the_compiles_that_failed() {
+        let stats = |failures: Option<u64>, misses: u64, errors: u64, fails: u64| {
+            let json = serde_json::json!({ "stats": {
+                "compile_requests": 9, "requests_executed": 9, "compile_fails": fails,
+                "cache_misses": { "counts": { "C/C++": misses } },
+                "cache_errors": { "counts": { "C/C++": errors } },
+            }});
+            let mut stats = Stats::parse(&json.to_string()).unwrap();
+            if let Some(failures) = failures {
+                stats.set_failures(failures);
+            }
+            (stats.errors(), stats.compile_failures())
+        };
+        assert_eq!(stats(Some(2), 6, 8, 0), (6, 2));
+        assert_eq!(stats(Some(3), 6, 2, 1), (0, 3));
+        assert_eq!(stats(Some(9), 6, 2, 1), (0, 3));
+        // Compiles that failed past the wrapper are no reads.
+        assert_eq!(stats(Some(0), 0, 2, 1), (0, 3));
+        assert_eq!(stats(Some(0), 6, 0, 4), (0, 4));
+        assert_eq!(stats(None, 6, 8, 0), (0, 8));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How long compiles through sccache took, as the wrapper noted it. Whether one was a hit nobody tells.
+//! The times of compiles through sccache, as the wrapper noted them. Nobody knows which of them were hits.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,14 +11,14 @@ const SLOWEST: usize = 10;
 pub struct CompileTimes {
     /// How many were timed.
     pub compiles: u64,
-    /// What they took together.
+    /// Their total time.
     pub total: Duration,
     /// The slowest, the slowest first: the time, and the crate or source file.
     pub slowest: Vec<(Duration, String)>,
 }
 
 impl CompileTimes {
-    /// Reads notes of the form microseconds, tab, name. Lines that are none are left out.
+    /// Reads notes of the form microseconds, tab, name. Ignores other lines.
     pub fn read(notes: &str) -> Self {
         let mut times = Self::default();
         let mut by_time: BTreeMap<(u64, usize), &str> = BTreeMap::new();

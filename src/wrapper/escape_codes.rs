@@ -1,5 +1,6 @@
-//! Terminal escape codes in what a compiler printed. sccache has compilers print colours always, so that
-//! one object serves terminals and files; where the bare compiler would print none, they are taken out again.
+//! Terminal escape codes in a compiler's output. sccache always has compilers print colours, so that one
+//! object serves terminals and files. If the bare compiler would print none, the wrapper removes them
+//! again.
 
 const ESCAPE: u8 = 0x1b;
 const BELL: u8 = 0x07;
@@ -16,7 +17,7 @@ pub fn without(text: &[u8]) -> Vec<u8> {
     kept
 }
 
-/// What follows the code whose escape character came just before `text` (ECMA-48, 5.3 to 5.6).
+/// The text behind the code whose escape character came just before `text` (ECMA-48, 5.3 to 5.6).
 fn after_code(text: &[u8]) -> &[u8] {
     let end = match text.first() {
         None => 0,

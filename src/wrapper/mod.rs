@@ -1,16 +1,16 @@
-//! The `sccache` that a job's builds call: the real one, with a way out.
+//! The wrapper: the `sccache` that a job's builds call, with a fallback to the bare compiler.
 //!
-//! When its server is gone, sccache's client starts another from the environment of the build, and
-//! where that one cannot reach its storage the client exits with status 2 and the compile is lost:
-//! a cache that turned a green build red. So `RUSTC_WRAPPER` and the compiler launchers name this
-//! program instead. It is the action's own binary under the name `sccache` (build scripts that use
-//! the `cc` crate take a wrapper for C only under that name), asks sccache's server as sccache's client
-//! would, and the compiler has the last word: where a compile ends in failure, or sccache itself fails,
-//! the compiler runs as if there were no cache, and its output and status are what the build sees. What
-//! ran uncached is noted in a file, so that the summary can say it.
+//! When its server is gone, sccache's client starts another from the environment of the build. If that
+//! server cannot reach its storage, the client exits with status 2 and the compile is lost: a cache that
+//! turned a green build red. So `RUSTC_WRAPPER` and the compiler launchers name this program instead. It is
+//! the action's own binary under the name `sccache` (build scripts that use the `cc` crate accept a wrapper
+//! for C only under that name). It asks sccache's server as sccache's client would. If a compile fails, or
+//! sccache itself fails, the compiler runs as if there were no cache, and the build sees its output and
+//! status. The wrapper notes uncached compiles in a file for the summary.
 //!
 //! `protocol` and `server` are that client, for the versions of sccache whose protocol is known; for others
-//! sccache's own is started. `call` knows what a call is, and which of them sccache gets wrong.
+//! the wrapper runs sccache's own client. `call` and `c_call` read the arguments, `wrong_keys` has the
+//! calls that sccache gets wrong.
 //!
 //! It writes nothing to standard error on its own: configure scripts read compilers' diagnostics.
 
@@ -22,68 +22,81 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::Instant;
 
-use self::call::Change;
-use self::protocol::{Colour, Compile, Dialect, Finished};
-use self::server::{Asked, Server};
-use crate::cargo::target;
-use crate::sccache::rights::Before;
-use crate::sccache::state::{SetUpSccache, StateDir};
+use self::protocol::{Colour, CompileRequest, Dialect, Finished};
+use self::server::{ServerEndpoint, ServerOutcome};
+use self::wrong_keys::{CallChange, CallContext};
+use crate::cargo_cache::units;
+use crate::runner::log::without_commands;
+use crate::sccache::outputs::OutputSnapshot;
+use crate::sccache::state_dir::{SetUpSccache, StateDir};
 
+mod c_call;
 mod call;
 mod escape_codes;
 mod protocol;
 mod server;
+mod wrong_keys;
 
-/// How every failure of sccache's own begins on standard error: `sccache: error: …`, `sccache:
-/// encountered fatal error`. Their exit statuses differ (2 and 254), and compilers use these too.
-const SCCACHE_SPEAKS: &str = "sccache: ";
+/// The prefix of sccache's own errors on standard error: `sccache: error: …`, `sccache: encountered fatal
+/// error`. Their exit statuses differ (2 and 254), and compilers use these too.
+const SCCACHE_ERROR_PREFIX: &str = "sccache: ";
 
-/// How many failures of sccache's own client are tolerated before the compiles stop asking it. A failed
-/// server start can take seconds, and a build has thousands of compiles.
+/// How many failures of sccache's own client are tolerated before compiles stop using it. A failed server
+/// start can take seconds, and a build has thousands of compiles.
 const CLIENT_FAILURES_BEFORE_GIVING_UP: usize = 3;
 
-/// How many compiles may be lost to a server that ends in the middle of them. A build with many jobs
-/// loses as many at once, and the server comes back.
+/// How many compiles may be lost to a server that dies in the middle of them. A parallel build loses many
+/// at once, and the server comes back.
 const LOST_BEFORE_GIVING_UP: usize = 50;
 
-/// How many compiles may have waited for a server that did not come back.
+/// How many compiles may wait for a server that does not come back.
 const GONE_BEFORE_GIVING_UP: usize = 3;
 
-/// What is in sccache's own words where its server lives and could not do this one compile: nothing
-/// that later compiles would suffer from, nor anything that takes time.
+/// sccache's messages when its server works and could not do this one compile. Later compiles do not suffer
+/// from that, and it takes no time.
 const REFUSALS: [&str; 3] = [
     "encountered fatal error",
     "Compiler not supported",
     "cannot find binary path",
 ];
 
-/// Where one of these is 1, sccache since 0.5 refuses every compile, of C as well, and says so on
-/// standard output (`src/commands.rs` of sccache). What is compiled incrementally it knows by the
-/// compiler's arguments, and does not cache that.
+/// If one of these is 1, sccache since 0.5 refuses every compile, of C as well, and says so on standard
+/// output (`src/commands.rs` of sccache). It recognizes incremental compiles by the compiler's arguments
+/// anyway, and does not cache them.
 const INCREMENTAL: [&str; 2] = ["CARGO_BUILD_INCREMENTAL", "CARGO_INCREMENTAL"];
 
-/// By which variable sccache uses GitHub's cache. A server that its client starts, in place of one that
-/// was killed, goes by it too, looks for a token that steps do not have, and does not start. Where
-/// there is a disk cache in front of the relay that server needs nothing else, and the relay saves what
-/// it puts there.
-const GITHUBS_CACHE: &str = "SCCACHE_GHA_ENABLED";
+/// The variable that makes sccache use GitHub's cache. A server that its client starts, in place of one
+/// that was killed, reads it too, looks for a token that steps do not have, and does not start. If there is
+/// a disk cache in front of the relay, that server needs nothing else, and the relay saves the objects on
+/// that disk.
+const GHA_ENABLED: &str = "SCCACHE_GHA_ENABLED";
 
-/// Whether a server that sccache's client starts does with the disk alone.
-fn has_disk_level(folder: Option<&OsStr>) -> bool {
-    folder.is_some_and(|folder| StateDir::is_disk_level(Path::new(folder)))
+/// The variable with the port of sccache's server.
+const SERVER_PORT: &str = "SCCACHE_SERVER_PORT";
+
+/// Whether a server that sccache's client starts needs only the disk.
+fn has_disk_tier(folder: Option<&OsStr>) -> bool {
+    folder.is_some_and(|folder| StateDir::is_disk_tier(Path::new(folder)))
 }
 
 /// A call of the real sccache.
-fn call_of(real: &Path, arguments: &[OsString]) -> Command {
-    let mut command = Command::new(real);
+fn call_of(setup: &SetUpSccache, arguments: &[OsString]) -> Command {
+    let mut command = Command::new(&setup.path);
     command.args(arguments);
-    if has_disk_level(std::env::var_os("SCCACHE_DIR").as_deref()) {
-        command.env_remove(GITHUBS_CACHE);
+    if let Some(port) = setup
+        .port
+        .filter(|_| std::env::var_os(SERVER_PORT).is_none())
+    {
+        // If it starts a server, that is to be this job's.
+        command.env(SERVER_PORT, port.to_string());
+    }
+    if has_disk_tier(std::env::var_os("SCCACHE_DIR").as_deref()) {
+        command.env_remove(GHA_ENABLED);
     }
     command
 }
 
-/// The argument with which a wrapper only shows that it runs.
+/// The argument with which a wrapper only shows that it can run.
 const TRIAL: &str = "--sccache-action-trial";
 
 /// Whether a program called `argv0` is to act as the wrapper.
@@ -91,16 +104,16 @@ pub fn is_wrapper(argv0: &OsStr) -> bool {
     Path::new(argv0).file_stem() == Some(OsStr::new("sccache"))
 }
 
-/// Runs the wrapper with the arguments that follow its name. `program` is the path of this very
-/// file: the state of its set-up lies beside its folder.
+/// Runs the wrapper with the arguments that follow its name. `program` is the path of this very file: the
+/// state folder of its set-up is its folder's parent.
 ///
-/// Returns only where the platform cannot replace the process.
+/// Returns only if the platform cannot replace the process.
 pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
     if arguments == [TRIAL] {
         return ExitCode::SUCCESS;
     }
     let Some(state) = StateDir::of_wrapper(program) else {
-        return own_failure("it is not where its set-up put it");
+        return own_failure("it is no longer where the set-up put it");
     };
     let setup = state.sccache();
     let Some((compiler, compiler_arguments)) = compile_of(arguments) else {
@@ -113,7 +126,7 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
             }
         };
     };
-    let bare = || replace(compiler, compiler_arguments);
+    let bare = || exec(compiler, compiler_arguments);
     let Some(setup) = setup else {
         return bare();
     };
@@ -121,54 +134,71 @@ pub fn run(program: &Path, arguments: &[OsString]) -> ExitCode {
         state.note_compile_of_another_user();
         return bare();
     }
-    if call::is_tool(compiler) || is_kept_by_cargo(&state, compiler_arguments) {
+    if call::is_tool(compiler) || is_covered_by_cargo_cache(&state, compiler_arguments) {
+        return bare();
+    }
+    // Each takes milliseconds and many are meant to fail: sccache takes longer if the cache is cold.
+    if call::is_c_compiler(compiler) && call::is_probe(compiler_arguments) {
         return bare();
     }
     if state.has_given_up() {
         state.note_uncached("sccache had failed before");
         return bare();
     }
-    let before = Before::of(compiler_arguments);
+    let before = OutputSnapshot::of(compiler_arguments);
     if before.is_for_the_compiler() {
         return bare();
     }
-    let folder = || std::env::current_dir().ok();
-    let version = setup.version.as_ref();
-    let Some(change) = call::change(version, compiler, compiler_arguments, folder) else {
+    let context = CallContext {
+        version: setup.version.as_ref(),
+        folder: &|| std::env::current_dir().ok(),
+        variable: &|name| std::env::var_os(name),
+        is_on_disk: setup.on_disk,
+    };
+    let Some(change) = wrong_keys::change(&context, compiler, compiler_arguments) else {
         return bare();
     };
-    let begun = Instant::now();
+    let start = Instant::now();
     let outcome = match server_to_ask(&setup) {
         Some(server) => match ask_server(server, compiler, compiler_arguments, &change) {
-            // The relay starts another; where there is none, sccache's client does.
-            Outcome::ServerGone(_) if !server::has_relay(server.relay) => {
-                sccache(&setup.path, arguments, change)
+            // The relay starts another server; without a relay, sccache's client does.
+            CompileOutcome::ServerGone(_) if !server::has_relay(server.relay) => {
+                run_sccache(&setup, arguments, change)
             }
-            Outcome::ServerGone(_) if server::comes_back(server.port) => {
+            CompileOutcome::ServerGone(_) if server::wait_for_restart(server.port) => {
                 ask_server(server, compiler, compiler_arguments, &change)
             }
             outcome => outcome,
         },
-        None => sccache(&setup.path, arguments, change),
+        None => run_sccache(&setup, arguments, change),
     };
     match outcome {
-        Outcome::Done(code) => {
+        CompileOutcome::Done { code, succeeded } => {
+            if !succeeded {
+                state.note_failed();
+            }
             before.give_modes();
             state.note_time(
-                begun.elapsed(),
+                start.elapsed(),
                 &call::subject(compiler, compiler_arguments),
             );
             return code;
         }
-        Outcome::Bare => {}
-        Outcome::Refused(why) => state.note_refused(&why),
-        Outcome::ServerGone(why) => fail(&state, &why, GONE_BEFORE_GIVING_UP),
-        Outcome::SccacheFailed { why, tolerated } => fail(&state, &why, tolerated),
+        CompileOutcome::Bare => {}
+        CompileOutcome::Failed(why) => {
+            state.note_failed();
+            if let Some(why) = why {
+                state.note_refused(&why);
+            }
+        }
+        CompileOutcome::Refused(why) => state.note_refused(&why),
+        CompileOutcome::ServerGone(why) => fail(&state, &why, GONE_BEFORE_GIVING_UP),
+        CompileOutcome::SccacheFailed { why, tolerated } => fail(&state, &why, tolerated),
     }
     bare()
 }
 
-/// Notes that sccache failed, and does not ask it again where that has been `tolerated` times.
+/// Notes that sccache failed, and stops using it after `tolerated` failures.
 fn fail(state: &StateDir, why: &str, tolerated: usize) {
     state.note_uncached(why);
     if state.uncached_compiles() >= tolerated {
@@ -176,14 +206,14 @@ fn fail(state: &StateDir, why: &str, tolerated: usize) {
     }
 }
 
-/// The server, where it can be asked without sccache's own client.
-fn server_to_ask(setup: &SetUpSccache) -> Option<Server> {
-    // With these the client does other things than to ask a port.
+/// The server, if the wrapper can ask it without sccache's own client.
+fn server_to_ask(setup: &SetUpSccache) -> Option<ServerEndpoint> {
+    // With these the client does not use a port.
     let others = ["SCCACHE_SERVER_UDS", "SCCACHE_CLIENT_SIDE"];
     if others.iter().any(|name| std::env::var_os(name).is_some()) {
         return None;
     }
-    Some(Server {
+    Some(ServerEndpoint {
         // A step that clears its environment still belongs to this job.
         port: port_of_step().or(setup.port)?,
         dialect: Dialect::of(setup.version.as_ref()?)?,
@@ -191,27 +221,31 @@ fn server_to_ask(setup: &SetUpSccache) -> Option<Server> {
     })
 }
 
-/// The port at which this step's sccache asks its server, where the step says so.
+/// The port of sccache's server that this step sets, if it does.
 fn port_of_step() -> Option<u16> {
-    std::env::var("SCCACHE_SERVER_PORT").ok()?.parse().ok()
+    std::env::var(SERVER_PORT).ok()?.parse().ok()
 }
 
-/// Has the server compile, and prints what the compiler did.
-fn ask_server(server: Server, compiler: &Path, arguments: &[OsString], change: &Change) -> Outcome {
+/// Has the server compile, and prints the compiler's output.
+fn ask_server(
+    server: ServerEndpoint,
+    compiler: &Path,
+    arguments: &[OsString],
+    change: &CallChange,
+) -> CompileOutcome {
     let Ok(folder) = std::env::current_dir() else {
-        return Outcome::Bare;
+        return CompileOutcome::Bare;
     };
     let path = std::env::var_os("PATH");
     let Some(compiler) = server::full_path(compiler, path, &folder) else {
-        return Outcome::Bare;
+        return CompileOutcome::Bare;
     };
     let changed: Vec<OsString>;
-    let arguments = match change.arguments.is_empty() {
-        true => arguments,
-        false => {
-            changed = [arguments, &change.arguments].concat();
-            &changed
-        }
+    let arguments = if change.arguments.is_empty() {
+        arguments
+    } else {
+        changed = [arguments, &change.arguments].concat();
+        &changed
     };
     let mut environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
     for (name, value) in &mut environment {
@@ -223,26 +257,31 @@ fn ask_server(server: Server, compiler: &Path, arguments: &[OsString], change: &
         environment.retain(|(each, _)| each != name);
         environment.push((name.into(), value.clone()));
     }
-    let compile = Compile {
+    let compile = CompileRequest {
         compiler: &compiler,
         folder: folder.as_os_str(),
         arguments,
         environment: &environment,
     };
     match server::ask(server, &compile, |finished| print(&finished)) {
-        Asked::Compiled(()) => Outcome::Done(ExitCode::SUCCESS),
-        Asked::CompileFailed | Asked::Unhandled => Outcome::Bare,
-        Asked::Refused(why) => Outcome::Refused(why),
-        Asked::Gone(why) => Outcome::ServerGone(why),
-        Asked::Lost(why) => Outcome::SccacheFailed {
+        ServerOutcome::Compiled(()) => CompileOutcome::Done {
+            code: ExitCode::SUCCESS,
+            succeeded: true,
+        },
+        ServerOutcome::CompileFailed => CompileOutcome::Failed(None),
+        ServerOutcome::Unhandled => CompileOutcome::Bare,
+        ServerOutcome::Refused(why) => CompileOutcome::Refused(why),
+        ServerOutcome::Broken(why) => CompileOutcome::Failed(Some(why)),
+        ServerOutcome::Gone(why) => CompileOutcome::ServerGone(why),
+        ServerOutcome::Lost(why) => CompileOutcome::SccacheFailed {
             why,
             tolerated: LOST_BEFORE_GIVING_UP,
         },
-        Asked::Hung(why) => Outcome::SccacheFailed { why, tolerated: 1 },
+        ServerOutcome::Hung(why) => CompileOutcome::SccacheFailed { why, tolerated: 1 },
     }
 }
 
-/// Prints what the compiler did, with colours where the compiler itself would have had them
+/// Prints the compiler's output, with colours if the compiler itself would print them
 /// (`handle_compile_finished` in `src/commands.rs` of sccache).
 fn print(finished: &Finished<'_>) {
     fn put(stream: impl Write + IsTerminal, text: &[u8], colour: Colour) {
@@ -256,10 +295,11 @@ fn print(finished: &Finished<'_>) {
             Colour::Off => false,
             Colour::Auto => stream.is_terminal() && !is_dumb(),
         };
-        // Where the stream is closed there is nobody to tell.
-        let _ = match is_coloured {
-            true => stream.write_all(text),
-            false => stream.write_all(&escape_codes::without(text)),
+        // If the stream is closed, nobody can read an error.
+        let _ = if is_coloured {
+            stream.write_all(text)
+        } else {
+            stream.write_all(&escape_codes::without(text))
         };
         let _ = stream.flush();
     }
@@ -267,17 +307,17 @@ fn print(finished: &Finished<'_>) {
     put(io::stderr(), finished.stderr, finished.colour);
 }
 
-/// The compiler and its arguments, or `None` where the call is one to sccache itself.
+/// The compiler and its arguments, or `None` if the call is for sccache itself.
 fn compile_of(arguments: &[OsString]) -> Option<(&Path, &[OsString])> {
     let (first, rest) = arguments.split_first()?;
     let is_option = first.as_encoded_bytes().starts_with(b"-");
     (!is_option && !first.is_empty()).then(|| (Path::new(first), rest))
 }
 
-/// Whether a compile is one of a dependency whose outcome the cargo cache keeps: sccache would keep
-/// the same bytes a second time, and know of no build that these could serve and those could not. Where the
-/// cargo cache does not know the layout of the build directory it keeps nothing of it, so sccache does.
-fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
+/// Whether a compile is one of a dependency that the cargo cache covers: sccache would store the same bytes
+/// a second time, and no build could use these but not the cargo cache's. If the cargo cache does not know
+/// the layout of the build directory, it keeps nothing of it, so sccache does.
+fn is_covered_by_cargo_cache(state: &StateDir, arguments: &[OsString]) -> bool {
     let is_out_dir = |argument: &OsString| argument == "--out-dir";
     let Some(at) = arguments.iter().position(is_out_dir) else {
         return false;
@@ -285,29 +325,43 @@ fn is_kept_by_cargo(state: &StateDir, arguments: &[OsString]) -> bool {
     let Some(output) = arguments.get(at + 1).map(Path::new) else {
         return false;
     };
-    let Some(kept) = state.kept_by_cargo() else {
+    let Some(mut kept) = state.cargo_cache_filter() else {
         return false;
     };
-    let sources = arguments.iter().map(Path::new);
-    let mut sources = sources.filter(|path| path.extension() == Some(OsStr::new("rs")));
-    if !sources.any(|source| kept.keeps(source, output)) {
+    let mut sources = arguments
+        .iter()
+        .map(Path::new)
+        .filter(|path| path.extension() == Some(OsStr::new("rs")));
+    let Some(package) = sources.find_map(|source| kept.package_of(source)) else {
+        return false;
+    };
+    // Cargo has written a lockfile that was missing at the set-up.
+    if !kept.covers(package) && kept.read_awaited() {
+        let _ = state.set_cargo_cache_filter(&kept);
+    }
+    let is_known = kept.places.is_known(output);
+    if !kept.covers(package) || !(is_known || kept.places.place_of(output).is_some()) {
         return false;
     }
-    let is_known = target::is_known_output(output);
-    if !is_known {
+    let Some(profile) = units::profile_of_output(output) else {
         state.note_unknown_layout(output);
+        return false;
+    };
+    if !is_known {
+        state.note_profile(profile);
     }
-    is_known
+    state.note_compiled_dependency(package);
+    true
 }
 
-/// `sccache --show-stats` and its kin: there is nothing to fall back to.
+/// Runs `sccache --show-stats` and the like, which have no fallback.
 fn call_to_sccache(setup: &SetUpSccache, arguments: &[OsString]) -> ExitCode {
-    // Workflows that start the server by themselves would fail because it runs already.
+    // Workflows that start the server themselves would fail because it runs already.
     if arguments == ["--start-server"] && server_listens(setup) {
         let _ = writeln!(io::stderr(), "sccache: the server has been started already");
         return ExitCode::SUCCESS;
     }
-    run_in_place(call_of(&setup.path, arguments))
+    run_in_place(call_of(setup, arguments))
 }
 
 fn server_listens(setup: &SetUpSccache) -> bool {
@@ -315,16 +369,24 @@ fn server_listens(setup: &SetUpSccache) -> bool {
         return false;
     };
     let listens = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
-    // Two servers would be in each other's way.
-    listens || (server::has_relay(setup.relay) && server::comes_back(port))
+    // Two servers would conflict.
+    listens || (server::has_relay(setup.relay) && server::wait_for_restart(port))
 }
 
-enum Outcome {
-    /// The compile ran; this is the compiler's verdict.
-    Done(ExitCode),
-    /// The bare compiler is to run: it failed, or is nothing for sccache.
+enum CompileOutcome {
+    /// The compile ran.
+    Done {
+        /// The compiler's exit status.
+        code: ExitCode,
+        /// Whether that is success.
+        succeeded: bool,
+    },
+    /// The bare compiler is to run: sccache cannot do this.
     Bare,
-    /// The server lives and could not do this one.
+    /// It failed, by the compiler's fault or for this reason of sccache's. The bare compiler is to report
+    /// the error.
+    Failed(Option<String>),
+    /// The server works and could not do this compile.
     Refused(String),
     /// There is no server.
     ServerGone(String),
@@ -332,23 +394,23 @@ enum Outcome {
     SccacheFailed {
         /// Why.
         why: String,
-        /// How many compiles may have run without sccache by now for it to be asked again.
+        /// How many compiles may have run without sccache before compiles stop using it.
         tolerated: usize,
     },
 }
 
-/// Runs sccache to its end. Its standard error is held back until the outcome is known; nothing is
-/// delayed by that, since sccache prints a compiler's output only when the compiler has finished.
-fn sccache(real: &Path, arguments: &[OsString], change: Change) -> Outcome {
-    // What it reads from standard input cannot be read again.
+/// Runs sccache to its end. Holds back its standard error until the outcome is known. That delays nothing,
+/// since sccache prints a compiler's output only when the compiler has finished.
+fn run_sccache(setup: &SetUpSccache, arguments: &[OsString], change: CallChange) -> CompileOutcome {
+    // Standard input cannot be read a second time.
     if arguments.iter().any(|argument| argument == "-") {
-        return Outcome::Bare;
+        return CompileOutcome::Bare;
     }
-    let failed = |why| Outcome::SccacheFailed {
+    let failed = |why| CompileOutcome::SccacheFailed {
         why,
         tolerated: CLIENT_FAILURES_BEFORE_GIVING_UP,
     };
-    let mut command = call_of(real, arguments);
+    let mut command = call_of(setup, arguments);
     command.args(change.arguments);
     command.envs(change.variable).stderr(Stdio::piped());
     for name in INCREMENTAL {
@@ -359,7 +421,7 @@ fn sccache(real: &Path, arguments: &[OsString], change: Change) -> Outcome {
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
-            return failed(format!("{} did not start: {error}", real.display()));
+            return failed(format!("{} did not start: {error}", setup.path.display()));
         }
     };
     let (stderr, status) = match outcome_of(&mut child) {
@@ -368,14 +430,18 @@ fn sccache(real: &Path, arguments: &[OsString], change: Change) -> Outcome {
     };
     if let Some(why) = failure_of_sccache(status, &stderr) {
         let said = String::from_utf8_lossy(&stderr);
-        return match REFUSALS.iter().any(|words| said.contains(words)) {
-            true => Outcome::Refused(why),
-            false => failed(why),
+        return if REFUSALS.iter().any(|words| said.contains(words)) {
+            CompileOutcome::Refused(why)
+        } else {
+            failed(why)
         };
     }
-    // Where standard error is closed there is nobody to tell.
+    // If standard error is closed, nobody can read an error.
     let _ = io::stderr().write_all(&stderr);
-    Outcome::Done(exit_code(status))
+    CompileOutcome::Done {
+        code: exit_code(status),
+        succeeded: status.success(),
+    }
 }
 
 fn outcome_of(child: &mut Child) -> io::Result<(Vec<u8>, ExitStatus)> {
@@ -386,8 +452,8 @@ fn outcome_of(child: &mut Child) -> io::Result<(Vec<u8>, ExitStatus)> {
     Ok((stderr, child.wait()?))
 }
 
-/// Why sccache failed, or `None` where the outcome is the compiler's. A client that was killed gave
-/// no verdict at all.
+/// Why sccache failed, or `None` if the outcome is the compiler's. A client that was killed has no outcome
+/// of the compiler's.
 fn failure_of_sccache(status: ExitStatus, stderr: &[u8]) -> Option<String> {
     match status.code() {
         Some(0) => None,
@@ -396,13 +462,13 @@ fn failure_of_sccache(status: ExitStatus, stderr: &[u8]) -> Option<String> {
     }
 }
 
-/// What sccache says of a failure of its own, or `None` where that is a compiler's. The line that
-/// helps is the last of those that name a cause.
+/// sccache's message about a failure of its own, or `None` if the failure is a compiler's. The most useful
+/// line is the last that names a cause.
 fn failure_told(stderr: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(stderr);
     let said = text
         .lines()
-        .filter_map(|line| line.strip_prefix(SCCACHE_SPEAKS));
+        .filter_map(|line| line.strip_prefix(SCCACHE_ERROR_PREFIX));
     let mut causes = said
         .clone()
         .filter_map(|line| line.strip_prefix("caused by: "));
@@ -426,8 +492,8 @@ fn exit_code(status: ExitStatus) -> ExitCode {
     }
 }
 
-/// Becomes `program`, or where the platform has no such call runs it and hands on its status.
-fn replace(program: &Path, arguments: &[OsString]) -> ExitCode {
+/// Replaces this process by `program`. On a platform without such a call, runs it and returns its status.
+fn exec(program: &Path, arguments: &[OsString]) -> ExitCode {
     let mut command = Command::new(program);
     command.args(arguments);
     run_in_place(command)
@@ -448,55 +514,56 @@ fn run_in_place(mut command: Command) -> ExitCode {
 }
 
 fn cannot_run(program: &OsStr, error: &io::Error) -> ExitCode {
-    // The words and status a shell has for it.
-    let _ = writeln!(io::stderr(), "{}: {error}", program.display());
+    // A shell's message and status for it.
+    let text = format!("{}: {error}", program.display());
+    let _ = writeln!(io::stderr(), "{}", without_commands(&text));
     ExitCode::from(127)
 }
 
 fn own_failure(why: &str) -> ExitCode {
-    let _ = writeln!(
-        io::stderr(),
-        "sccache (the wrapper of sccache-action): {why}"
-    );
+    let text = format!("sccache (the wrapper of sccache-action): {why}");
+    let _ = writeln!(io::stderr(), "{}", without_commands(&text));
     ExitCode::from(127)
 }
 
-/// Puts the wrapper into `state`: `program`, the action's binary, under the name `sccache`. Beside it
-/// the same under its own name, so that later steps can call `sccache-action stats`.
+/// Installs the wrapper in `state`: `program`, the action's binary, under the name `sccache`. Beside it
+/// puts the same under its own name, so that later steps can call `sccache-action stats`.
 ///
 /// # Errors
-/// Where the file can neither be linked nor copied there, or not be run there.
+/// [`io::Error`] if the file can be neither linked nor copied there, or does not run there.
 pub fn install(program: &Path, state: &StateDir) -> io::Result<PathBuf> {
     let wrapper = state.wrapper();
     if let Some(folder) = wrapper.parent() {
         fs::create_dir_all(folder)?;
     }
-    // A link costs nothing; across file systems it takes a copy. A symbolic link would not do: the
-    // wrapper finds its state by where its file is. On Windows no name of a program that runs can be
-    // removed, and the relay runs by this one.
+    // A link costs nothing; across file systems it takes a copy. A symbolic link would not work: the
+    // wrapper finds its state by the folder of its file. On Windows no name of a running program can be
+    // removed, and the relay runs under this one.
     if cfg!(windows) || fs::hard_link(program, &wrapper).is_err() {
         fs::copy(program, &wrapper)?;
     }
     let command = format!("sccache-action{}", std::env::consts::EXE_SUFFIX);
-    // Builds do without it.
+    // Builds do not need it.
     let _ = fs::hard_link(&wrapper, wrapper.with_file_name(command));
-    // A file system may be mounted such that nothing on it is run. This call does nothing.
+    // A file system may be mounted without permission to run programs. This call does nothing.
     let tried = Command::new(&wrapper)
         .arg(TRIAL)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status()?;
-    match tried.success() {
-        true => Ok(wrapper),
-        false => Err(io::Error::other(format!("it does not run there ({tried})"))),
+    if tried.success() {
+        Ok(wrapper)
+    } else {
+        Err(io::Error::other(format!("it does not run there ({tried})")))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sccache::state::KeptByCargo;
+    use crate::cargo_cache::places::{Places, Workspace};
+    use crate::sccache::state_dir::CargoCacheFilter;
 
     fn words(words: &[&str]) -> Vec<OsString> {
         words.iter().map(OsString::from).collect()
@@ -516,12 +583,12 @@ mod tests {
     fn a_server_that_sccache_starts_needs_github_only_where_no_relay_saves_its_disk() {
         let parent = tempfile::tempdir().unwrap();
         let state = StateDir::create(parent.path(), None).unwrap();
-        let has = |folder: &Path| has_disk_level(Some(folder.as_os_str()));
-        assert!(has(&state.disk_level()));
+        let has = |folder: &Path| has_disk_tier(Some(folder.as_os_str()));
+        assert!(has(&state.disk_tier()));
         assert!(!has(&state.relay()));
         assert!(!has(parent.path()));
-        assert!(!has(Path::new("/home/runner/disk-level")));
-        assert!(!has_disk_level(None));
+        assert!(!has(Path::new("/home/runner/disk-tier")));
+        assert!(!has_disk_tier(None));
     }
 
     #[test]
@@ -544,24 +611,34 @@ mod tests {
             "w/debug/.fingerprint",
             "w/debug/deps",
             "w/release/deps",
+            "w/debug/build/a/0123456789abcdef/fingerprint",
             "other/debug/.fingerprint",
+            "checkout/fuzz/target/debug/.fingerprint",
         ] {
             fs::create_dir_all(target(folder)).unwrap();
         }
         let compile = |source: &str, output: &str| {
             let output = target(output).display().to_string();
             let arguments = ["--crate-name", "a", source, "--out-dir", &output];
-            is_kept_by_cargo(&state, &words(&arguments))
+            is_covered_by_cargo_cache(&state, &words(&arguments))
         };
         let dependency = "/c/registry/src/r/a-1.0.0/src/lib.rs";
         assert!(!compile(dependency, "w/debug/deps"));
         let commit = "1234567890abcdef1234567890abcdef12345678";
-        let kept = KeptByCargo {
-            home: "/c".into(),
-            targets: vec![target("w")],
+        let kept = CargoCacheFilter {
+            places: Places {
+                checkout: target("checkout"),
+                home: "/c".into(),
+                temporary: None,
+                workspaces: vec![Workspace {
+                    folder: target("checkout"),
+                    build: target("w"),
+                }],
+            },
             packages: ["a-1.0.0".to_owned(), commit.to_owned()].into(),
+            awaited: vec![target("checkout/Cargo.lock")],
         };
-        state.set_kept_by_cargo(&kept).unwrap();
+        state.set_cargo_cache_filter(&kept).unwrap();
         assert!(compile(dependency, "w/debug/deps"));
         let of_git = "/c/git/checkouts/a/1234567/src/lib.rs";
         assert!(compile(of_git, "w/debug/deps"));
@@ -573,15 +650,32 @@ mod tests {
         assert!(!compile("src/lib.rs", "w/debug/deps"));
         assert!(!compile("/w/vendor/a/src/lib.rs", "w/debug/deps"));
         assert!(compile(dependency, "w/debug/build/a-0123456789abcdef"));
+        assert!(compile(dependency, "w/debug/build/a/0123456789abcdef/out"));
+        let compiled = state.compiled_dependencies();
+        assert_eq!(compiled, ["a-1.0.0", "1234567", "a-1.0.0", "a-1.0.0"]);
+        // A build directory that the set-up did not know, and that the next job can be told of.
+        assert!(state.noted_profiles().is_empty());
+        assert!(compile(dependency, "checkout/fuzz/target/debug/deps"));
+        let noted = [target("checkout/fuzz/target/debug")];
+        assert_eq!(state.noted_profiles(), noted.into());
         // Layouts that the cargo cache does not know: it will not save what is written there.
         assert_eq!(state.first_of_unknown_layout(), None);
-        assert!(!compile(dependency, "w/debug/build/a/0123456789abcdef/out"));
+        assert!(!compile(dependency, "w/debug/units/a/0123456789abcdef/out"));
         assert!(!compile(dependency, "w/release/deps"));
-        let first = target("w/debug/build/a/0123456789abcdef/out");
-        let first = first.display().to_string();
+        let first = target("w/debug/units/a/0123456789abcdef/out")
+            .display()
+            .to_string();
         assert_eq!(state.first_of_unknown_layout(), Some(first));
-        assert!(!is_kept_by_cargo(&state, &words(&["-vV"])));
-        assert!(!is_kept_by_cargo(
+        // A lockfile that cargo wrote because there was none.
+        let lockfile = "[[package]]\nname = \"a\"\nversion = \"1.0.1\"\nsource = \"registry+x\"\n";
+        fs::write(target("checkout/Cargo.lock"), lockfile).unwrap();
+        assert!(compile(
+            "/c/registry/src/r/a-1.0.1/src/lib.rs",
+            "w/debug/deps"
+        ));
+        assert!(state.cargo_cache_filter().unwrap().awaited.is_empty());
+        assert!(!is_covered_by_cargo_cache(&state, &words(&["-vV"])));
+        assert!(!is_covered_by_cargo_cache(
             &state,
             &words(&[dependency, "--out-dir"])
         ));

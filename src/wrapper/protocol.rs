@@ -1,24 +1,24 @@
 //! The messages of sccache's protocol that a compile needs, as values and bytes.
 //!
-//! Each message is its length, four bytes with the largest first, and then the value in the first
-//! version of bincode: integers of fixed size with the smallest byte first, a `u32` for the variant of
-//! an enum, a `u64` for a length (`src/protocol.rs` and `src/util.rs` of sccache). The server is a
-//! process of this job, but what it answers is checked like anything that comes through a socket.
+//! Each message is its length, four bytes with the largest first, and then the value in the first version
+//! of bincode: integers of fixed size with the smallest byte first, a `u32` for the variant of an enum, a
+//! `u64` for a length (`src/protocol.rs` and `src/util.rs` of sccache). The server is a process of this
+//! job, but the wrapper checks its answers like anything that comes through a socket.
 
 use std::ffi::{OsStr, OsString};
 
 use semver::Version;
 
-/// The largest answer that is read, in bytes. What a compiler prints is a few MB at most.
+/// The largest answer that the wrapper reads, in bytes. A compiler's output is a few MB at most.
 pub const ANSWER_LIMIT: u32 = 64 * 1024 * 1024;
 
-/// `Request::Compile`, the same in all versions.
+/// `Request::CompileRequest`, the same in all versions.
 const COMPILE: u32 = 4;
 
 /// `Request::GetStats`, the same in all versions.
 const GET_STATS: u32 = 1;
 
-/// What differs between versions of the protocol.
+/// A dialect: the differences between versions of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dialect {
     /// Which variant of an answer is `CompileFinished`.
@@ -26,20 +26,20 @@ pub struct Dialect {
 }
 
 /// Major, minor and patch of a version.
-type Numbers = (u64, u64, u64);
+pub type VersionNumbers = (u64, u64, u64);
 
-/// The versions whose server is spoken to directly: from, up to and with, how. The `src/protocol.rs` of
-/// several of each row was read, and `tests/it/wrapper.rs` compiles through the oldest, the newest and some
-/// between.
-const DIALECTS: [(Numbers, Numbers, Dialect); 2] = [
+/// The versions whose server the wrapper speaks to directly: first version, last version, dialect. The
+/// `src/protocol.rs` of several of each row was read, and `tests/it/wrapper.rs` compiles through the
+/// oldest, the newest and some between.
+const DIALECTS: [(VersionNumbers, VersionNumbers, Dialect); 2] = [
     ((0, 4, 0), (0, 7, 6), Dialect { finished: 4 }),
-    // `Response::ZeroStats` came, before it.
+    // `Response::ZeroStats` was added before it.
     ((0, 7, 7), (0, 19, 0), Dialect { finished: 5 }),
 ];
 
 impl Dialect {
-    /// How to speak to the server of this sccache, or `None` where that is not known and its own
-    /// client has to.
+    /// The dialect of this sccache's server, or `None` if it is unknown and sccache's own client has to
+    /// ask.
     pub fn of(version: &Version) -> Option<Self> {
         if !version.pre.is_empty() {
             return None;
@@ -52,12 +52,12 @@ impl Dialect {
     }
 }
 
-/// What the server is asked to compile.
+/// A request to compile.
 #[derive(Debug)]
-pub struct Compile<'a> {
+pub struct CompileRequest<'a> {
     /// The full path of the compiler.
     pub compiler: &'a OsStr,
-    /// The folder that it is to run in.
+    /// Its working folder.
     pub folder: &'a OsStr,
     /// Its arguments.
     pub arguments: &'a [OsString],
@@ -65,8 +65,8 @@ pub struct Compile<'a> {
     pub environment: &'a [(OsString, OsString)],
 }
 
-impl Compile<'_> {
-    /// The message with its length in front; `None` where it is longer than a length can say.
+impl CompileRequest<'_> {
+    /// The message with its length in front; `None` if it is longer than the length field allows.
     pub fn message(&self) -> Option<Vec<u8>> {
         let mut bytes = Vec::with_capacity(16 * 1024);
         bytes.extend_from_slice(&[0; 4]);
@@ -88,7 +88,7 @@ impl Compile<'_> {
     }
 }
 
-/// The message that asks for statistics: any server that works answers it.
+/// The request for statistics: any server that works answers it.
 pub fn statistics_message() -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&4_u32.to_be_bytes());
@@ -119,33 +119,33 @@ fn put(bytes: &mut Vec<u8>, text: &OsStr) {
     }
 }
 
-/// An answer to [`Compile`].
+/// An answer to [`CompileRequest`].
 #[derive(Debug, PartialEq, Eq)]
-pub enum Answer<'a> {
-    /// It has been started; a [`Answer::Finished`] follows.
+pub enum CompileAnswer<'a> {
+    /// It has been started; a [`CompileAnswer::Finished`] follows.
     Started,
-    /// The server does not do this one: it is nothing that can be cached.
+    /// The server does not do this one: it cannot be cached.
     Unhandled,
     /// The server does not know the compiler.
     Unsupported(String),
-    /// The compiler has ended, or what it left was in the cache.
+    /// The compiler has ended, or its output was in the cache.
     Finished(Finished<'a>),
 }
 
 /// How a compile ended.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Finished<'a> {
-    /// The exit status; `None` where there is none.
+    /// The exit status; `None` if there is none.
     pub status: Option<i32>,
-    /// What the compiler wrote to standard output.
+    /// The compiler's standard output.
     pub stdout: &'a [u8],
-    /// What the compiler wrote to standard error.
+    /// The compiler's standard error.
     pub stderr: &'a [u8],
     /// Whether the compiler's arguments ask for colours.
     pub colour: Colour,
 }
 
-/// Whether output is to have colours (`ColorMode` of sccache).
+/// Whether the output should have colours (`ColorMode` of sccache).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Colour {
     /// The arguments say no.
@@ -156,20 +156,20 @@ pub enum Colour {
     Auto,
 }
 
-/// Reads an answer, without its length. `None` where it is not one to [`Compile`].
-pub fn answer(dialect: Dialect, bytes: &[u8]) -> Option<Answer<'_>> {
-    let mut reader = Reader(bytes);
+/// Parses an answer, without its length. `None` if it is not one to [`CompileRequest`].
+pub fn answer(dialect: Dialect, bytes: &[u8]) -> Option<CompileAnswer<'_>> {
+    let mut reader = MessageReader(bytes);
     let answer = match reader.u32()? {
         0 => match reader.u32()? {
-            0 => Answer::Started,
-            1 => Answer::Unhandled,
-            2 => Answer::Unsupported(reader.os_string()?),
+            0 => CompileAnswer::Started,
+            1 => CompileAnswer::Unhandled,
+            2 => CompileAnswer::Unsupported(reader.os_string()?),
             _ => return None,
         },
         variant if variant == dialect.finished => {
             let status = reader.optional_i32()?;
             let _signal = reader.optional_i32()?;
-            Answer::Finished(Finished {
+            CompileAnswer::Finished(Finished {
                 status,
                 stdout: reader.bytes()?,
                 stderr: reader.bytes()?,
@@ -186,10 +186,10 @@ pub fn answer(dialect: Dialect, bytes: &[u8]) -> Option<Answer<'_>> {
     reader.0.is_empty().then_some(answer)
 }
 
-/// What is left to read.
-struct Reader<'a>(&'a [u8]);
+/// The bytes that are left to read.
+struct MessageReader<'a>(&'a [u8]);
 
-impl<'a> Reader<'a> {
+impl<'a> MessageReader<'a> {
     fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (taken, rest) = self.0.split_first_chunk::<N>()?;
         self.0 = rest;
@@ -222,8 +222,8 @@ impl<'a> Reader<'a> {
                 let length = usize::try_from(u64::from_le_bytes(self.array()?)).ok()?;
                 let (taken, rest) = self.0.split_at_checked(length.checked_mul(2)?)?;
                 self.0 = rest;
-                let units = taken.chunks_exact(2);
-                let units: Vec<u16> = units
+                let units: Vec<u16> = taken
+                    .chunks_exact(2)
                     .map(|unit| u16::from_le_bytes([unit[0], unit[1]]))
                     .collect();
                 Some(String::from_utf16_lossy(&units))
@@ -275,7 +275,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn a_request_has_the_bytes_that_sccaches_own_client_sends() {
-        let compile = Compile {
+        let compile = CompileRequest {
             compiler: OsStr::new("/b/cc"),
             folder: OsStr::new("/w"),
             arguments: &[OsString::from("-c")],
@@ -306,24 +306,24 @@ mod tests {
 
     #[test]
     fn each_answer_is_read_as_the_version_has_it() {
-        assert_eq!(answer(NEW, &[0; 8]), Some(Answer::Started));
+        assert_eq!(answer(NEW, &[0; 8]), Some(CompileAnswer::Started));
         assert_eq!(
             answer(NEW, &[0, 0, 0, 0, 1, 0, 0, 0]),
-            Some(Answer::Unhandled)
+            Some(CompileAnswer::Unhandled)
         );
         let mut unsupported = vec![0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
         put_length(&mut unsupported, 2);
         unsupported.extend_from_slice(b"no");
         assert_eq!(
             answer(NEW, &unsupported),
-            Some(Answer::Unsupported("no".to_owned()))
+            Some(CompileAnswer::Unsupported("no".to_owned()))
         );
         let mut wide = vec![0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0];
         put_length(&mut wide, 1);
         wide.extend_from_slice(&[0xe9, 0]);
         assert_eq!(
             answer(NEW, &wide),
-            Some(Answer::Unsupported("é".to_owned()))
+            Some(CompileAnswer::Unsupported("é".to_owned()))
         );
         let bytes = finished(5, Some(-2), b"said");
         let expected = Finished {
@@ -332,7 +332,7 @@ mod tests {
             stderr: b"said",
             colour: Colour::Auto,
         };
-        assert_eq!(answer(NEW, &bytes), Some(Answer::Finished(expected)));
+        assert_eq!(answer(NEW, &bytes), Some(CompileAnswer::Finished(expected)));
         assert_eq!(answer(Dialect { finished: 4 }, &bytes), None);
     }
 

@@ -1,4 +1,5 @@
-//! Asks sccache's server to compile, as sccache's own client does, and finds out in time where it is dead.
+//! The client of sccache's server: it asks the server to compile, as sccache's own client does, and notices
+//! in time if the server is dead.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -7,28 +8,28 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::protocol::{
-    ANSWER_LIMIT, Answer, Compile, Dialect, Finished, answer, statistics_message,
+    ANSWER_LIMIT, CompileAnswer, CompileRequest, Dialect, Finished, answer, statistics_message,
 };
-use crate::action::environment::is_executable;
+use crate::runner::environment::is_executable;
 
-/// How long the server may be silent before it, and the relay behind it, are asked whether they live.
-/// A compile may take as long as it likes: what counts is that these answer.
-const SILENCE: Duration = Duration::from_secs(8);
+/// How long the server may be silent before the wrapper checks whether it, and the relay behind it, still
+/// answer. A compile may take any time as long as these answer.
+const SILENCE_LIMIT: Duration = Duration::from_secs(8);
 
-/// How long either may take to answer that. With [`SILENCE`] and both it makes less than 30 s.
-const LIFE_SIGN: Duration = Duration::from_secs(8);
+/// How long each check may take. With [`SILENCE_LIMIT`] and both it makes less than 30 s.
+const ALIVE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How long the relay has to start a server again.
-const RESTART: Duration = Duration::from_secs(5);
+/// How long the relay may take to start a server again.
+const RESTART_WAIT: Duration = Duration::from_secs(5);
 
-/// Where the server is, how it speaks, and what it depends on.
+/// The port and dialect of the server, and the relay that it depends on.
 #[derive(Clone, Copy, Debug)]
-pub struct Server {
+pub struct ServerEndpoint {
     /// Its port on 127.0.0.1.
     pub port: u16,
-    /// How it speaks.
+    /// Its dialect of the protocol.
     pub dialect: Dialect,
-    /// The port of the relay on 127.0.0.1, where there is one.
+    /// The port of the relay on 127.0.0.1, if there is one.
     pub relay: Option<u16>,
 }
 
@@ -37,11 +38,11 @@ pub fn has_relay(relay: Option<u16>) -> bool {
     relay.is_some_and(|port| connect(port).is_ok())
 }
 
-/// Whether a server takes connections on this port of 127.0.0.1 within [`RESTART`].
-pub fn comes_back(port: u16) -> bool {
-    let begun = Instant::now();
-    while begun.elapsed() < RESTART {
-        // There is no event to wait for: a port does not tell when somebody listens.
+/// Whether a server takes connections on this port of 127.0.0.1 within [`RESTART_WAIT`].
+pub fn wait_for_restart(port: u16) -> bool {
+    let start = Instant::now();
+    while start.elapsed() < RESTART_WAIT {
+        // There is no event to wait for: nothing tells when a port begins to listen.
         std::thread::sleep(Duration::from_millis(20));
         if connect(port).is_ok() {
             return true;
@@ -50,40 +51,42 @@ pub fn comes_back(port: u16) -> bool {
     false
 }
 
-/// What came of asking.
+/// The outcome of a request to the server.
 #[derive(Debug)]
-pub enum Asked<T> {
-    /// The compiler ended well, or what it left was in the cache.
+pub enum ServerOutcome<T> {
+    /// The compile succeeded, or its output was in the cache.
     Compiled(T),
-    /// The compiler, or what comes before it, failed. The bare compiler is to say how.
+    /// The compiler or the preprocessor failed. The bare compiler is to report the error.
     CompileFailed,
-    /// The server would not do it, since it is nothing to be cached.
+    /// The server did not do it, since it cannot be cached.
     Unhandled,
-    /// The server lives and could not do it.
+    /// The server works and refused to start.
     Refused(String),
+    /// The server started and failed. Its statistics count that as a failure too.
+    Broken(String),
     /// There is no server.
     Gone(String),
-    /// The server was lost while it was at it.
+    /// The server was lost during the compile.
     Lost(String),
-    /// The server, or the relay that it waits for, is there and does not answer.
+    /// The server, or the relay that it waits for, runs and does not answer.
     Hung(String),
 }
 
-/// Asks `server` for `compile` and gives what the compiler printed to `done`.
+/// Asks `server` for `compile` and passes the compiler's output to `done`.
 pub fn ask<T>(
-    server: Server,
-    compile: &Compile<'_>,
+    server: ServerEndpoint,
+    compile: &CompileRequest<'_>,
     done: impl FnOnce(Finished<'_>) -> T,
-) -> Asked<T> {
+) -> ServerOutcome<T> {
     let Some(message) = compile.message() else {
-        return Asked::Refused("its arguments are too long".to_owned());
+        return ServerOutcome::Refused("its arguments are too long".to_owned());
     };
     let mut connection = match connect(server.port) {
         Ok(connection) => connection,
         Err(error) if is_timeout(&error) => {
-            return Asked::Hung("sccache's server takes no connection".to_owned());
+            return ServerOutcome::Hung("sccache's server accepts no connection".to_owned());
         }
-        Err(error) => return Asked::Gone(format!("its server is gone: {error}")),
+        Err(error) => return ServerOutcome::Gone(format!("its server is gone: {error}")),
     };
     let mut conversation = Conversation {
         server,
@@ -94,102 +97,103 @@ pub fn ask<T>(
         .and_then(|()| conversation.answer());
     let first = match answered {
         Ok(bytes) => bytes,
-        Err(failure) => return failure.into_asked(),
+        Err(failure) => return failure.into_outcome(),
     };
     match answer(server.dialect, &first) {
-        Some(Answer::Started) => {}
-        Some(Answer::Unhandled) => return Asked::Unhandled,
-        Some(Answer::Unsupported(why)) => {
-            return Asked::Refused(format!("Compiler not supported: {why}"));
+        Some(CompileAnswer::Started) => {}
+        Some(CompileAnswer::Unhandled) => return ServerOutcome::Unhandled,
+        Some(CompileAnswer::Unsupported(why)) => {
+            return ServerOutcome::Refused(format!("Compiler not supported: {why}"));
         }
-        Some(Answer::Finished(_)) | None => return not_understood(),
+        Some(CompileAnswer::Finished(_)) | None => return not_understood(),
     }
     let second = match conversation.answer() {
         Ok(bytes) => bytes,
-        Err(failure) => return failure.into_asked(),
+        Err(failure) => return failure.into_outcome(),
     };
     match answer(server.dialect, &second) {
-        Some(Answer::Finished(finished)) if finished.status == Some(0) => {
-            Asked::Compiled(done(finished))
+        Some(CompileAnswer::Finished(finished)) if finished.status == Some(0) => {
+            ServerOutcome::Compiled(done(finished))
         }
-        Some(Answer::Finished(finished)) => match super::failure_told(finished.stderr) {
-            Some(why) => Asked::Refused(why),
-            None => Asked::CompileFailed,
+        Some(CompileAnswer::Finished(finished)) => match super::failure_told(finished.stderr) {
+            Some(why) => ServerOutcome::Broken(why),
+            None => ServerOutcome::CompileFailed,
         },
         _ => not_understood(),
     }
 }
 
-fn not_understood<T>() -> Asked<T> {
-    Asked::Lost("what its server answered is not understood".to_owned())
+fn not_understood<T>() -> ServerOutcome<T> {
+    ServerOutcome::Lost("its server's answer is invalid".to_owned())
 }
 
-enum Failure {
+enum ConnectionFailure {
     Lost(io::Error),
     Hung(&'static str),
 }
 
-impl Failure {
-    fn into_asked<T>(self) -> Asked<T> {
+impl ConnectionFailure {
+    fn into_outcome<T>(self) -> ServerOutcome<T> {
         match self {
-            Self::Lost(error) => Asked::Lost(format!("its server was lost: {error}")),
-            Self::Hung(what) => Asked::Hung(format!("{what} does not answer")),
+            Self::Lost(error) => ServerOutcome::Lost(format!("its server was lost: {error}")),
+            Self::Hung(what) => ServerOutcome::Hung(format!("{what} does not answer")),
         }
     }
 }
 
 struct Conversation<'a> {
-    server: Server,
+    server: ServerEndpoint,
     connection: &'a mut TcpStream,
 }
 
 impl Conversation<'_> {
-    fn send(&mut self, message: &[u8]) -> Result<(), Failure> {
-        self.connection
-            .write_all(message)
-            .map_err(|error| match is_timeout(&error) {
-                true => Failure::Hung("sccache's server"),
-                false => Failure::Lost(error),
-            })
+    fn send(&mut self, message: &[u8]) -> Result<(), ConnectionFailure> {
+        self.connection.write_all(message).map_err(|error| {
+            if is_timeout(&error) {
+                ConnectionFailure::Hung("sccache's server")
+            } else {
+                ConnectionFailure::Lost(error)
+            }
+        })
     }
 
     /// The next answer, without its length.
-    fn answer(&mut self) -> Result<Vec<u8>, Failure> {
+    fn answer(&mut self) -> Result<Vec<u8>, ConnectionFailure> {
         let mut length = [0; 4];
         self.fill(&mut length)?;
         let length = u32::from_be_bytes(length);
         if length > ANSWER_LIMIT {
             let error = io::Error::other(format!("an answer of {length} bytes"));
-            return Err(Failure::Lost(error));
+            return Err(ConnectionFailure::Lost(error));
         }
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn fill(&mut self, mut bytes: &mut [u8]) -> Result<(), Failure> {
+    fn fill(&mut self, mut bytes: &mut [u8]) -> Result<(), ConnectionFailure> {
         while !bytes.is_empty() {
             match self.connection.read(bytes) {
-                Ok(0) => return Err(Failure::Lost(io::ErrorKind::UnexpectedEof.into())),
+                Ok(0) => return Err(ConnectionFailure::Lost(io::ErrorKind::UnexpectedEof.into())),
                 Ok(read) => bytes = &mut bytes[read..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_timeout(&error) => self.look_for_life()?,
-                Err(error) => return Err(Failure::Lost(error)),
+                Err(error) if is_timeout(&error) => self.check_alive()?,
+                Err(error) => return Err(ConnectionFailure::Lost(error)),
             }
         }
         Ok(())
     }
 
-    fn look_for_life(&self) -> Result<(), Failure> {
+    fn check_alive(&self) -> Result<(), ConnectionFailure> {
         if !answers(self.server.port, &statistics_message()) {
-            return Err(Failure::Hung("sccache's server"));
+            return Err(ConnectionFailure::Hung("sccache's server"));
         }
-        // Without its token it says no more than that it lives.
+        // Without its token the relay only shows that it works.
         let request = b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n";
         match self.server.relay {
-            // One that is gone refuses the server's requests, and that does not hang.
+            // A relay that is gone refuses the server's requests, so the server does not hang.
             Some(port) if is_silent(port, request) => {
-                Err(Failure::Hung("the relay to GitHub's cache"))
+                Err(ConnectionFailure::Hung("the relay to GitHub's cache"))
             }
             _ => Ok(()),
         }
@@ -198,9 +202,9 @@ impl Conversation<'_> {
 
 fn connect(port: u16) -> io::Result<TcpStream> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let connection = TcpStream::connect_timeout(&address, LIFE_SIGN)?;
-    connection.set_read_timeout(Some(SILENCE))?;
-    connection.set_write_timeout(Some(SILENCE))?;
+    let connection = TcpStream::connect_timeout(&address, ALIVE_TIMEOUT)?;
+    connection.set_read_timeout(Some(SILENCE_LIMIT))?;
+    connection.set_write_timeout(Some(SILENCE_LIMIT))?;
     Ok(connection)
 }
 
@@ -218,7 +222,7 @@ fn is_silent(port: u16, request: &[u8]) -> bool {
     first_byte(port, request).is_err_and(|error| is_timeout(&error))
 }
 
-/// Unix and Windows have different words for it.
+/// Unix and Windows have different kinds for it.
 fn is_timeout(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -226,17 +230,18 @@ fn is_timeout(error: &io::Error) -> bool {
     )
 }
 
-/// The full path of `compiler`, as the shell would find it on `path` from `folder`. `None` where it is not there.
+/// The full path of `compiler`, as the shell would find it on `path` from `folder`. `None` if there is
+/// none.
 pub fn full_path(compiler: &Path, path: Option<OsString>, folder: &Path) -> Option<OsString> {
     if compiler.components().count() > 1 || compiler.is_absolute() {
-        return found(folder.join(compiler));
+        return executable(folder.join(compiler));
     }
     let path = path?;
-    std::env::split_paths(&path).find_map(|each| found(folder.join(each).join(compiler)))
+    std::env::split_paths(&path).find_map(|each| executable(folder.join(each).join(compiler)))
 }
 
-/// `program`, or the file that Windows takes for it.
-fn found(program: PathBuf) -> Option<OsString> {
+/// `program`, or with the suffix that Windows adds, if it is executable.
+fn executable(program: PathBuf) -> Option<OsString> {
     if is_executable(&program) {
         return Some(program.into_os_string());
     }
@@ -255,7 +260,7 @@ mod tests {
 
     use super::*;
 
-    fn ask_one_that_answers(bytes: Vec<u8>) -> Asked<Vec<u8>> {
+    fn ask_one_that_answers(bytes: Vec<u8>) -> ServerOutcome<Vec<u8>> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let answering = std::thread::spawn(move || {
@@ -267,20 +272,20 @@ mod tests {
             connection.write_all(&bytes).unwrap();
         });
         let dialect = Dialect::of(&semver::Version::new(0, 16, 0)).unwrap();
-        let server = Server {
+        let server = ServerEndpoint {
             port,
             dialect,
             relay: None,
         };
-        let compile = Compile {
+        let compile = CompileRequest {
             compiler: OsStr::new("/b/cc"),
             folder: OsStr::new("/w"),
             arguments: &[],
             environment: &[],
         };
-        let asked = ask(server, &compile, |finished| finished.stderr.to_vec());
+        let outcome = ask(server, &compile, |finished| finished.stderr.to_vec());
         answering.join().unwrap();
-        asked
+        outcome
     }
 
     fn framed(bytes: &[u8]) -> Vec<u8> {
@@ -301,22 +306,25 @@ mod tests {
 
     #[test]
     fn each_end_of_a_compile_is_told_from_the_others() {
-        let asked = ask_one_that_answers(finished(0, b"a warning"));
+        let outcome = ask_one_that_answers(finished(0, b"a warning"));
         assert!(
-            matches!(&asked, Asked::Compiled(said) if said == b"a warning"),
-            "{asked:?}"
+            matches!(&outcome, ServerOutcome::Compiled(said) if said == b"a warning"),
+            "{outcome:?}"
         );
-        let asked = ask_one_that_answers(finished(1, b"a.c:1: error"));
-        assert!(matches!(asked, Asked::CompileFailed), "{asked:?}");
+        let outcome = ask_one_that_answers(finished(1, b"a.c:1: error"));
+        assert!(
+            matches!(outcome, ServerOutcome::CompileFailed),
+            "{outcome:?}"
+        );
         let fatal =
             b"sccache: encountered fatal error\nsccache: error: e\nsccache: caused by: no a.gcno\n";
-        let asked = ask_one_that_answers(finished(-2, fatal));
+        let outcome = ask_one_that_answers(finished(-2, fatal));
         assert!(
-            matches!(&asked, Asked::Refused(why) if why == "no a.gcno"),
-            "{asked:?}"
+            matches!(&outcome, ServerOutcome::Broken(why) if why == "no a.gcno"),
+            "{outcome:?}"
         );
-        let asked = ask_one_that_answers(framed(&[0, 0, 0, 0, 1, 0, 0, 0]));
-        assert!(matches!(asked, Asked::Unhandled), "{asked:?}");
+        let outcome = ask_one_that_answers(framed(&[0, 0, 0, 0, 1, 0, 0, 0]));
+        assert!(matches!(outcome, ServerOutcome::Unhandled), "{outcome:?}");
     }
 
     #[test]
@@ -329,8 +337,8 @@ mod tests {
             vec![0xff; 12],
             framed(b"nothing known"),
         ] {
-            let asked = ask_one_that_answers(bytes);
-            assert!(matches!(asked, Asked::Lost(_)), "{asked:?}");
+            let outcome = ask_one_that_answers(bytes);
+            assert!(matches!(outcome, ServerOutcome::Lost(_)), "{outcome:?}");
         }
     }
 

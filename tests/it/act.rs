@@ -2,7 +2,7 @@
 //! the Markdown, and those of `tests/act/jobs.yml`. Each runs twice, so that the second run has what the
 //! first left.
 //!
-//! What the jobs said is left in `act/` of cargo's folder for tests, for the gate to show.
+//! The jobs' logs stay in `act/` of cargo's folder for tests, so that the gate can show them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -11,50 +11,79 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::support::runner::binary;
+use crate::support::runner::{all_files, binary};
 use crate::support::served::Served;
 use crate::support::tools;
-use sccache_action::action::environment::Environment;
+use sccache_action::runner::environment::Environment;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-/// What the documents call this action.
+/// The name of this action in the documents.
 const ACTION: &str = "OWNER/sccache-action@v1";
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// All documents.
+fn documents() -> Vec<PathBuf> {
+    let beside = fs::read_dir(root()).unwrap();
+    let beside = beside.map(|entry| entry.unwrap().path());
+    let all = beside.chain(all_files(&root().join("docs")));
+    all.filter(|path| path.extension().is_some_and(|ending| ending == "md"))
+        .collect()
+}
+
 /// The workflows in the documents: a name, and a job without what every job has.
 fn documented() -> BTreeMap<String, Map<String, Value>> {
-    let mut documents = vec![root().join("README.md")];
-    let folder = fs::read_dir(root().join("docs")).unwrap();
-    documents.extend(folder.map(|entry| entry.unwrap().path()));
+    let workflows = documents().into_iter().flat_map(|document| {
+        let name = document.strip_prefix(root()).unwrap().with_extension("");
+        let name = name.display().to_string().replace('/', "-");
+        let name = name.strip_prefix("docs-").unwrap_or(&name).to_owned();
+        workflows_in(&name, &fs::read_to_string(document).unwrap())
+    });
+    workflows.collect()
+}
+
+/// The workflows in a Markdown text, which is called `name`.
+fn workflows_in(name: &str, markdown: &str) -> BTreeMap<String, Map<String, Value>> {
     let mut found = BTreeMap::new();
-    for document in documents
-        .iter()
-        .filter(|path| path.extension().is_some_and(|e| e == "md"))
-    {
-        let name = document.file_stem().unwrap().to_str().unwrap();
-        for (line, language, text) in fences(&fs::read_to_string(document).unwrap()) {
-            let states = match language.as_str() {
-                "yaml" => vec![("", text)],
-                // Both what a workflow was and what it becomes.
-                "diff" => vec![("-before", side(&text, '-')), ("-after", side(&text, '+'))],
-                _ => continue,
-            };
-            for (state, text) in states {
-                if text.contains("uses:") {
-                    found.insert(format!("{name}-{line}{state}"), job_of(&text));
-                }
+    for (line, language, text) in fences(markdown) {
+        if !text.contains("uses:") {
+            continue;
+        }
+        let states = match language.as_str() {
+            "yaml" | "yml" => vec![("", text)],
+            // Both what a workflow was and what it becomes.
+            "diff" => vec![("-before", side(&text, '-')), ("-after", side(&text, '+'))],
+            _ => panic!("{name}, line {line}: a workflow that is not marked as yaml or diff"),
+        };
+        for (state, text) in states {
+            if text.contains("uses:") {
+                found.insert(format!("{name}-{line}{state}"), job_of(&text));
             }
         }
     }
     found
 }
 
-/// The fenced blocks of a Markdown text: the line that each begins at, its language, and what is in it.
+#[test]
+fn each_workflow_of_a_document_is_taken_out_of_it() {
+    let text = "# T\n\n```yaml\n- uses: OWNER/sccache-action@v1\n```\n\n\
+                ```diff\n-- uses: a/b@v1\n+- uses: OWNER/sccache-action@v1\n```\n\n\
+                ```yaml\non: push\n```\n";
+    let found = workflows_in("t", text);
+    let names: Vec<&str> = found.keys().map(String::as_str).collect();
+    assert_eq!(names, ["t-3", "t-7-after", "t-7-before"]);
+    let first = uses(&found["t-3"]).collect::<Vec<_>>();
+    assert_eq!(first, ["actions/checkout@v5", ACTION]);
+    let unmarked = || workflows_in("t", "```\n- uses: OWNER/sccache-action@v1\n```\n");
+    assert!(std::panic::catch_unwind(unmarked).is_err());
+}
+
+/// The fenced blocks of a Markdown text: the line that each begins at, its language, and its
+/// content.
 fn fences(markdown: &str) -> Vec<(usize, String, String)> {
     let mut found = Vec::new();
     let mut open: Option<(usize, String, String)> = None;
@@ -117,8 +146,8 @@ fn names_workspaces(job: &Map<String, Value>) -> bool {
     steps.any(|step| step["with"].get("cargo-workspaces").is_some())
 }
 
-/// What a job compiles that is the same each time: of Rust only dependencies, since the workspace's own
-/// code is in the cache for its folder, which is another each time.
+/// The part of a job's compiles that is the same each time: in Rust only dependencies, since the
+/// workspace's own code is in the cache for its folder, which differs each time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Compiles {
     C,
@@ -126,7 +155,7 @@ enum Compiles {
     Nothing,
 }
 
-/// What a job does, and what must come of it.
+/// The work of a job, and its expected result.
 struct Job {
     keys: Map<String, Value>,
     compiles: Compiles,
@@ -136,11 +165,11 @@ struct Job {
 fn jobs() -> BTreeMap<String, Job> {
     let mut jobs = BTreeMap::new();
     for (name, keys) in documented() {
-        // Of the states that other actions left, the one that this action takes over as it stands.
+        // The states that other actions left, of which this action takes over one as it stands.
         let is_ours = uses(&keys).any(is_this_action);
         let compiles = match () {
             () if runs(&keys, "cmake") => Compiles::C,
-            // What is built is not always in the workspaces that a document has for an example.
+            // The build is not always in the workspaces of a document's example.
             () if runs(&keys, "cargo") && !names_workspaces(&keys) => Compiles::Rust,
             () => Compiles::Nothing,
         };
@@ -176,12 +205,12 @@ fn jobs() -> BTreeMap<String, Job> {
     jobs
 }
 
-/// Whether a step uses this action: by its own name, or by that of the one which it takes over from.
+/// Whether a step uses this action: by its own name, or by that of the action that it replaces.
 fn is_this_action(uses: &str) -> bool {
     uses == ACTION || uses.starts_with("mozilla-actions/sccache-action@")
 }
 
-/// What a job said, by the step that said it.
+/// A job's log, by step.
 #[derive(Default)]
 struct Said {
     lines: Vec<(String, String)>,
@@ -189,7 +218,7 @@ struct Said {
 }
 
 impl Said {
-    /// What the action's post steps said.
+    /// The log of the action's post steps.
     fn reports(&self) -> String {
         let of_post = |(step, _): &&(String, String)| step.starts_with("Post ");
         let lines = self.lines.iter().filter(of_post);
@@ -263,7 +292,7 @@ impl Machine {
         fs::write(dist.join("manifest.json"), manifest).unwrap();
     }
 
-    /// Stands in for another's action, and says so in the log.
+    /// Replaces another author's action, and says so in the log.
     fn make_stub(&self, uses: &str) -> PathBuf {
         let folder = self.path("stubs").join(uses.replace(['/', '@'], "-"));
         fs::create_dir_all(&folder).unwrap();
@@ -278,17 +307,18 @@ impl Machine {
         folder
     }
 
-    /// Where each action of these jobs is, for act.
+    /// The paths of the actions of these jobs, for act.
     fn local_repositories(&self, jobs: &BTreeMap<String, Job>) -> Vec<String> {
         let used: BTreeSet<&str> = jobs.values().flat_map(|job| uses(&job.keys)).collect();
-        // act does the checkout by itself.
+        // act does the checkout itself.
         let used = used
             .into_iter()
             .filter(|uses| !uses.starts_with("actions/checkout@"));
         used.map(|uses| {
-            let folder = match is_this_action(uses) {
-                true => self.path("action"),
-                false => self.make_stub(uses),
+            let folder = if is_this_action(uses) {
+                self.path("action")
+            } else {
+                self.make_stub(uses)
             };
             format!("--local-repository={uses}={}", folder.display())
         })
@@ -350,7 +380,7 @@ impl Machine {
         said
     }
 
-    /// Leaves what was said for the gate to show.
+    /// Keeps the logs for the gate to show.
     fn log(&self, run: &str, text: &str) {
         let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("act");
         fs::create_dir_all(&logs).unwrap();
@@ -358,8 +388,8 @@ impl Machine {
     }
 
     /// The workflow of these jobs. Compilers see which job it is, so that no job has what another
-    /// compiled. On the machine itself a job of act's has another folder each time; where compiled code
-    /// is, and what of the folder's path counts for the cache, is said as a user of act would.
+    /// compiled. On the machine itself each job of act's has another folder; a user of act would
+    /// set the folder of compiled code and the path that counts for the cache like this.
     fn workflow(&self, jobs: &BTreeMap<String, Job>) -> Value {
         let jobs = jobs.iter().map(|(name, job)| {
             let mut keys = job.keys.clone();
@@ -383,7 +413,7 @@ impl Machine {
     }
 }
 
-/// Where a job's programs are, with CMake among them.
+/// The folders of a job's programs, with CMake among them.
 fn path() -> OsString {
     let others = std::env::var_os("PATH").unwrap();
     let others = std::env::split_paths(&others).collect::<Vec<_>>();
@@ -402,16 +432,15 @@ fn copy_folder(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_folder(&entry.path(), &target),
-            false => {
-                fs::copy(entry.path(), target).unwrap();
-            }
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
         }
     }
 }
 
-/// What each job said, from act's log in JSON.
+/// Each job's log, from act's log in JSON.
 fn said(log: &str) -> BTreeMap<String, Said> {
     let mut said: BTreeMap<String, Said> = BTreeMap::new();
     for line in log.lines() {
@@ -473,7 +502,7 @@ fn assert_each(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm:
             assert_cache(name, said, warm);
         }
         if job.compiles == Compiles::Rust {
-            let restored = text.contains("1 compiled unit and 1 crate restored");
+            let restored = text.contains("1 dependency restored (1 compiled unit, 1 crate");
             assert_eq!(restored, warm, "{name}: {text}");
             assert_eq!(text.contains("Compiling itoa"), !warm, "{name}: {text}");
         }
@@ -483,14 +512,14 @@ fn assert_each(jobs: &BTreeMap<String, Job>, all: &BTreeMap<String, Said>, warm:
     }
 }
 
-/// Of the jobs in `tests/act/jobs.yml`, what each is there for.
+/// The jobs in `tests/act/jobs.yml`, and the purpose of each.
 fn assert_own(all: &BTreeMap<String, Said>) {
     for (name, expected) in [
         ("strict", "sccache cannot be set up"),
         ("strict", "| reached"),
         (
             "lenient",
-            "sccache is not used, and the build goes on without a cache",
+            "sccache is disabled; the build continues without a cache",
         ),
         ("failing-step", "Compile requests"),
     ] {
@@ -550,7 +579,7 @@ impl Containers {
     fn start(folder: &Path) -> Result<Self, String> {
         fs::create_dir_all(folder).unwrap();
         let configuration = folder.join("containers.conf");
-        // Where a container is in a container, limits cannot be raised.
+        // In a container inside a container, limits cannot be raised.
         let text = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
                     [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nexit_command_delay = 10\nruntime = \"runc\"\n";
         fs::write(&configuration, text).unwrap();
@@ -666,7 +695,7 @@ fn mounts() -> Vec<PathBuf> {
     mounts
 }
 
-/// Where Python is installed, whatever stands in for it on `PATH`.
+/// The folder of Python's installation, even if `PATH` has a placeholder for it.
 fn python() -> PathBuf {
     let prefix = Command::new("python3")
         .args(["-c", "import sys; print(sys.prefix)"])

@@ -43,8 +43,8 @@ fn write_tokens(file: &Path) -> HashMap<Who, String> {
     tokens.into_iter().collect()
 }
 
-/// Services on `database` and a bucket, each a process, which have all behaviours, or where they are not
-/// tried by `real_clients`, those that need none.
+/// Services on `database` and a bucket, each a process. They have all behaviours, or without
+/// `real_clients` those that need none.
 async fn replicas_have_behaviours(count: usize, database: Option<&str>, real_clients: bool) {
     let bucket = S3::start(&tools::s3());
     let folders: Vec<tempfile::TempDir> =
@@ -72,9 +72,10 @@ async fn replicas_have_behaviours(count: usize, database: Option<&str>, real_cli
         .collect();
     let urls = services.iter().map(|service| service.url.clone());
     let target = Target::new(urls.collect(), tokens);
-    match real_clients {
-        true => conformance::run_all(&target).await,
-        false => conformance::run_raw(&target).await,
+    if real_clients {
+        conformance::run_all(&target).await;
+    } else {
+        conformance::run_raw(&target).await;
     }
     for service in services {
         let log = service.log();

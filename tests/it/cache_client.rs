@@ -15,12 +15,15 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
-use sccache_action::github::cache_client::{
-    CacheClient, CacheError, Download, Endpoint, Found, Protocol, RequestCounts, Reserved, Upload,
+use sccache_action::cache_client::{
+    CacheClient, CacheError, Download, Endpoint, FoundEntry, Protocol, RequestCounts, Reservation,
+    UploadHandle,
 };
-use sccache_action::http_client::Timeouts;
-use sccache_action::service::auth::{Access, BearerToken, Tokens};
-use sccache_action::service::{self, Config, Running};
+use sccache_action::cache_protocol;
+use sccache_action::cache_protocol::auth::{Access, Tokens};
+use sccache_action::http::BearerToken;
+use sccache_action::http::Timeouts;
+use sccache_action::serve::server::{self, RunningServer, ServerConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -33,8 +36,8 @@ const EVERYTHING: Range<u64> = 0..u64::MAX;
 /// How long the tests' servers may stay silent.
 const READ: Duration = Duration::from_millis(400);
 
-/// What a busy machine may take for some of those waits. A client that waits for another limit than
-/// [`READ`] takes longer.
+/// The time that a busy machine may take for some of those waits. A client that waits for another
+/// limit than [`READ`] takes longer.
 const SOON: Duration = Duration::from_secs(20);
 
 fn client_of(url: &str, protocol: Protocol, read: Duration) -> CacheClient {
@@ -46,24 +49,25 @@ fn client_of(url: &str, protocol: Protocol, read: Duration) -> CacheClient {
     let timeouts = Timeouts {
         connect: Duration::from_secs(5),
         read,
+        slow: Duration::from_secs(60),
     };
     CacheClient::new(endpoint, "0123abcd", timeouts).unwrap()
 }
 
-/// A client of a server that is quick where it answers at all.
+/// A client of a server that is quick if it answers at all.
 fn client(url: &str, protocol: Protocol) -> CacheClient {
     client_of(url, protocol, Duration::from_secs(10))
 }
 
 /// The embedded service, which lets the tests' token write and read, or only read.
-async fn embedded(folder: &Path, may_write: bool) -> Running {
+async fn embedded(folder: &Path, may_write: bool) -> RunningServer {
     let mut access = Access::to("refs/heads/main".into());
     if !may_write {
         access.write = None;
     }
     let tokens = Tokens::default().with(&BearerToken::new(TOKEN), access);
-    let config = Config::on_loopback(folder, tokens);
-    service::start(config).await.unwrap()
+    let config = ServerConfig::on_loopback(folder, tokens);
+    server::start(config).await.unwrap()
 }
 
 fn body_of(content: &[u8]) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
@@ -74,10 +78,10 @@ fn body_of(content: &[u8]) -> impl Stream<Item = io::Result<Bytes>> + Send + 'st
     stream::iter(pieces)
 }
 
-async fn reserve(client: &CacheClient, key: &str) -> Upload {
+async fn reserve(client: &CacheClient, key: &str) -> UploadHandle {
     match client.reserve(key, None).await.unwrap() {
-        Reserved::Upload(upload) => upload,
-        Reserved::AlreadyExists => panic!("{key} is taken"),
+        Reservation::Granted(upload) => upload,
+        Reservation::AlreadyExists => panic!("{key} is taken"),
     }
 }
 
@@ -96,7 +100,7 @@ async fn found(client: &CacheClient, key: &str, restore_keys: &[&str]) -> Option
     found.map(|found| found.key)
 }
 
-async fn entry(client: &CacheClient, key: &str) -> Found {
+async fn entry(client: &CacheClient, key: &str) -> FoundEntry {
     client.find(key, &[]).await.unwrap().unwrap()
 }
 
@@ -108,8 +112,8 @@ async fn content(download: Download) -> io::Result<Vec<u8>> {
     download.stream.try_fold(Vec::new(), add).await
 }
 
-/// A part of the content of an entry, with where it begins and the size of the entry.
-async fn part(client: &CacheClient, found: &Found, range: Range<u64>) -> (u64, u64, Vec<u8>) {
+/// A part of the content of an entry, with its position and the size of the entry.
+async fn part(client: &CacheClient, found: &FoundEntry, range: Range<u64>) -> (u64, u64, Vec<u8>) {
     let download = client.download(found, range).await.unwrap();
     let (start, total) = (download.start, download.total);
     (start, total, content(download).await.unwrap())
@@ -206,11 +210,11 @@ async fn a_key_that_is_taken_is_an_answer_and_no_error() {
         let client = client(&service.url(), protocol);
         let upload = reserve(&client, "key").await;
         let second = client.reserve("key", Some(4)).await.unwrap();
-        assert!(matches!(second, Reserved::AlreadyExists));
+        assert!(matches!(second, Reservation::AlreadyExists));
         client.upload(&upload, 4, body_of(b"kept")).await.unwrap();
         client.commit(upload, 4).await.unwrap();
         let third = client.reserve("key", None).await.unwrap();
-        assert!(matches!(third, Reserved::AlreadyExists));
+        assert!(matches!(third, Reservation::AlreadyExists));
         let found = entry(&client, "key").await;
         assert_eq!(part(&client, &found, EVERYTHING).await.2, b"kept");
         let counts = client.requests();
@@ -224,7 +228,7 @@ async fn a_key_that_is_taken_is_an_answer_and_no_error() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_upload_goes_in_pieces_in_version_1_and_at_once_in_version_2() {
     const SIZE: u64 = 70 << 20;
-    // Each piece of the stream is another, and none ends where a request does.
+    // Each piece of the stream differs, and none ends at the end of a request.
     const PIECE: usize = 1_000_003;
     let pieces = || {
         (0..)
@@ -288,9 +292,9 @@ async fn a_token_that_may_only_read_is_denied_and_still_reads() {
 async fn a_token_that_the_service_does_not_know_is_denied() {
     for protocol in BOTH {
         let folder = tempfile::tempdir().unwrap();
-        let tokens = service::single_token("main").unwrap().1;
-        let config = Config::on_loopback(folder.path(), tokens);
-        let service = service::start(config).await.unwrap();
+        let tokens = cache_protocol::single_token("main").unwrap().1;
+        let config = ServerConfig::on_loopback(folder.path(), tokens);
+        let service = server::start(config).await.unwrap();
         let client = client(&service.url(), protocol);
         for error in [
             client.find("key", &[]).await.unwrap_err(),
@@ -318,10 +322,10 @@ async fn what_the_service_no_longer_knows_is_gone() {
         service.shutdown().await.unwrap();
         let other = tempfile::tempdir().unwrap();
         let tokens = Tokens::default().with(&BearerToken::new(TOKEN), Access::to("main".into()));
-        let mut config = Config::on_loopback(other.path(), tokens);
+        let mut config = ServerConfig::on_loopback(other.path(), tokens);
         let url: reqwest::Url = address.parse().unwrap();
         config.address.set_port(url.port().unwrap());
-        let _service = service::start(config).await.unwrap();
+        let _service = server::start(config).await.unwrap();
 
         let error = client.download(&found, EVERYTHING).await.unwrap_err();
         assert_eq!(error, CacheError::Gone, "{protocol:?}");
@@ -458,7 +462,7 @@ async fn requests_are_those_of_the_toolkit() {
 
     let fake = fake_content(|_| StatusCode::NO_CONTENT.into_response()).await;
     let client = self::client(&format!("{}below/", fake.url), Protocol::V1);
-    let Reserved::Upload(upload) = client.reserve("key", Some(7)).await.unwrap() else {
+    let Reservation::Granted(upload) = client.reserve("key", Some(7)).await.unwrap() else {
         panic!("taken");
     };
     client
@@ -592,7 +596,7 @@ async fn another_range_than_was_asked_for_is_refused() {
     }
 }
 
-/// What a server does with a connection.
+/// A server's reaction to a connection.
 #[derive(Clone, Copy)]
 enum Behaviour {
     /// Reads a request, and closes.
@@ -699,7 +703,7 @@ async fn a_server_that_stays_silent_is_given_up() {
             let error = client.find("key", &[]).await.unwrap_err();
             assert!(matches!(error, CacheError::Unavailable(_)), "{error:?}");
         }
-        // What was too slow once is not asked again.
+        // After one slow answer it is not asked again.
         assert_eq!(*connections.lock().unwrap(), 2);
     }
     let part = "HTTP/1.1 200 O\r\ncontent-length: 10\r\n\r\n01234";
@@ -765,7 +769,7 @@ async fn content_of_another_size_than_was_said_is_no_upload() {
         {
             assert!(text.contains(part), "{protocol:?} {text}");
         }
-        // None of it keeps a right one from being taken.
+        // None of it prevents a correct one.
         client
             .upload(&upload, 10, body_of(b"0123456789"))
             .await
@@ -872,7 +876,7 @@ async fn a_refusal_is_understood_by_its_text_whatever_its_status() {
             })
             .await;
             match client(&fake.url, protocol).reserve("key", None).await {
-                Ok(Reserved::AlreadyExists) => assert!(taken),
+                Ok(Reservation::AlreadyExists) => assert!(taken),
                 Err(CacheError::Denied(text)) => assert!(!taken && text.ends_with(message)),
                 other => panic!("{status} {message} {other:?}"),
             }
@@ -1007,7 +1011,7 @@ async fn what_is_shown_holds_no_secret() {
     }
 }
 
-/// Says to a test that it is the one below, in a process of its own.
+/// Marks a process as the test below.
 const BEHIND_PROXY: &str = "CACHE_CLIENT_TEST_BEHIND_PROXY";
 
 #[tokio::test]
@@ -1019,7 +1023,7 @@ async fn a_service_on_this_machine_is_not_asked_through_a_proxy() {
         save(&client, "key", b"content").await;
         let found = entry(&client, "key").await;
         assert_eq!(part(&client, &found, EVERYTHING).await.2, b"content");
-        // Others are: the proxy is one that nobody runs, so that this is an error of the proxy's.
+        // Others go to the proxy, which nobody runs, so this is an error of the proxy.
         let other = self::client("http://results.example/", Protocol::V2);
         let error = other.find("key", &[]).await.unwrap_err().to_string();
         assert!(error.contains("Connection refused"), "{error}");

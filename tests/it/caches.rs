@@ -12,9 +12,11 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
+use crate::support::runner::assert_no_foreign_command;
+
 const TOKEN: &str = "hunter2";
 
-/// What a request gets in place of its answer.
+/// A fault that replaces the answer to a request.
 #[derive(Clone)]
 struct Fault {
     status: u16,
@@ -38,7 +40,7 @@ struct Inner {
     /// The state of each pull request, and the refs that there are.
     pulls: BTreeMap<u64, &'static str>,
     refs: Vec<&'static str>,
-    /// What requests of a method get, one after the other; `None` is the right answer.
+    /// The answers to requests of a method, in order; `None` is the right answer.
     faults: BTreeMap<&'static str, VecDeque<Option<Fault>>>,
     ignores_filters: bool,
     asked: Vec<String>,
@@ -139,9 +141,10 @@ async fn answer(State(inner): State<Arc<Mutex<Inner>>>, request: Request) -> Res
         let before = inner.entries.len();
         let id: u64 = id.parse().unwrap();
         inner.entries.retain(|entry| entry["id"] != id);
-        return match method == Method::DELETE && inner.entries.len() < before {
-            true => StatusCode::NO_CONTENT.into_response(),
-            false => not_found(),
+        return if method == Method::DELETE && inner.entries.len() < before {
+            StatusCode::NO_CONTENT.into_response()
+        } else {
+            not_found()
         };
     }
     if let Some(number) = path.strip_prefix("pulls/") {
@@ -204,6 +207,7 @@ impl Ran {
         };
         for said in [&ran.stdout, &ran.stderr] {
             assert!(!said.contains(TOKEN), "{said}");
+            assert_no_foreign_command(said);
         }
         ran
     }
@@ -214,7 +218,7 @@ impl Ran {
         self.stdout
     }
 
-    /// What the command said of its failure.
+    /// The command's error message.
     #[track_caller]
     fn failed(self) -> String {
         assert_eq!(self.status, 3, "{}{}", self.stdout, self.stderr);
@@ -246,8 +250,8 @@ fn pack(id: u64, namespace: &str, reference: &str) -> Value {
     entry(id, &key, reference)
 }
 
-/// Two packs that nobody uses, of a branch and of a pull request; one that is in use; one of
-/// another namespace; an object of sccache's; and what other tools made.
+/// Two unused packs, of a branch and of a pull request; a used one; one of another namespace; an
+/// object of sccache's; and entries of other tools.
 fn some() -> Vec<Value> {
     let main = "refs/heads/main";
     let object = format!("sccache/0/a/0/{}", "0a".repeat(32));
@@ -262,6 +266,27 @@ fn some() -> Vec<Value> {
         entry(8, "sccache-packs-of-mine", main),
         entry(9, "sccache/mine", main),
     ]
+}
+
+#[test]
+fn neither_keys_nor_errors_give_the_runner_a_command() {
+    let foreign = "##[set-output name=path]/tmp/evil";
+    let key = format!("sccache-packs/{foreign}\n::set-output name=path::/tmp/evil");
+    let api = Api::start(vec![entry(1, &key, &format!("refs/heads/{foreign}"))]);
+    let table = api.run(&["caches", "list", "--all"]).done();
+    assert!(table.contains("set-output"), "{table}");
+    let json = api.run(&["caches", "list", "--all", "--json"]).done();
+    let value: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(value["entries"][0]["key"], key.as_str());
+    api.fault(
+        "GET",
+        [Some(Fault {
+            body: r#"{"message":"because ##[set-output name=path]/tmp/evil"}"#,
+            ..Fault::status(400)
+        })],
+    );
+    let error = api.run(&["caches", "list"]).failed();
+    assert!(error.contains("because"), "{error}");
 }
 
 #[test]
@@ -352,7 +377,7 @@ fn a_prune_as_json_says_what_was_deleted_and_why() {
         (&json!(false), &Value::Null)
     );
     assert_eq!(wet["entries"][0]["deleted"], true);
-    assert_eq!(wet["entries"][0]["reason"], "not used for as long");
+    assert_eq!(wet["entries"][0]["reason"], "unused for too long");
 }
 
 #[test]
@@ -391,7 +416,7 @@ fn an_entry_that_was_gone_already_is_no_failure() {
         .run(&["caches", "prune", "--unused", "7d", "--yes"])
         .done();
     assert!(text.contains("Deleted 2 entries, 2.0 MB"), "{text}");
-    assert!(text.contains("1 entry had been gone already"), "{text}");
+    assert!(text.contains("1 entry already deleted"), "{text}");
 }
 
 #[test]
@@ -405,7 +430,11 @@ fn a_refusal_to_delete_ends_it_and_says_what_is_left() {
         "{}",
         ran.stdout
     );
-    assert!(ran.stdout.contains("2 entries left"), "{}", ran.stdout);
+    assert!(
+        ran.stdout.contains("2 entries not deleted"),
+        "{}",
+        ran.stdout
+    );
     assert!(ran.stdout.contains("actions: write"), "{}", ran.stdout);
     assert_eq!(api.asked("DELETE").len(), 2);
 }
@@ -445,10 +474,7 @@ fn a_limit_that_passes_is_waited_for_and_one_that_does_not_is_told() {
         let api = Api::start(some());
         api.fault("GET", [limit(403, headers)]);
         let text = api.run(&["caches", "list"]).failed();
-        assert!(
-            text.contains("no more requests for now; it asks to wait"),
-            "{text}"
-        );
+        assert!(text.contains("rate limit is reached; retry in"), "{text}");
         assert_eq!(api.asked("GET").len(), 1);
     }
 }
@@ -476,7 +502,7 @@ fn a_list_that_is_not_whole_deletes_nothing() {
         let api = Api::start(entries());
         api.fault("GET", [None, fault]);
         let ran = api.run(&["caches", "prune", "--unused", "7d", "--yes"]);
-        assert!(ran.failed().contains("GitHub's API cannot be used"));
+        assert!(ran.failed().contains("GitHub's API failed"));
         assert_eq!(api.ids().len(), 150);
     }
 }
@@ -526,6 +552,6 @@ fn a_token_comes_from_a_file_or_the_environment_and_without_one_nothing_is_asked
     let elsewhere = api.run(&["caches", "list", "--repo", "a/b"]).failed();
     assert!(elsewhere.contains("the repository a/b"), "{elsewhere}");
     let strange = api.run(&["caches", "list", "--repo", "../b"]).failed();
-    assert!(strange.contains("owner/name"), "{strange}");
+    assert!(strange.contains("OWNER/NAME"), "{strange}");
     assert_eq!(api.asked("GET").len(), asked + 1);
 }

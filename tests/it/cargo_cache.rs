@@ -1,6 +1,9 @@
 //! Whole jobs with cargo: what the dependencies of one job were compiled to, the next one finds
 //! fresh; with the real cargo and the real sccache, against a registry on this machine.
 
+mod places;
+mod stale;
+
 use crate::support::tools;
 use std::fs::{self, File};
 use std::path::Path;
@@ -10,13 +13,38 @@ use std::time::{Duration, SystemTime};
 use crate::support::registry::Registry;
 use crate::support::runner::{Job, Step, all_files, binary, kill};
 use crate::support::upstream::{Fault, Options, Upstream};
+use sccache_action::cargo_cache::leftovers;
 use tempfile::TempDir;
 
-/// A repository with its registry and its cache, whose jobs run all in the same place.
+/// A cargo, and its layout of the build directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cargo {
+    /// This machine's, in the layout up to cargo 1.99.
+    OlderLayout,
+    /// This machine's, in the layout since 1.100, which 1.95 has behind a switch.
+    NewerLayout,
+    /// Cargo 1.100, with its rustc.
+    Newer,
+}
+
+/// All of them.
+const CARGOS: [Cargo; 3] = [Cargo::OlderLayout, Cargo::NewerLayout, Cargo::Newer];
+
+/// A repository with its registry and its cache, whose jobs run all in the same place unless they are
+/// moved.
 struct Repository {
     registry: Registry,
     upstream: Upstream,
     folder: TempDir,
+    cargo: Cargo,
+}
+
+/// Runs a test with each cargo.
+fn with_each_cargo(test: impl Fn(&Repository)) {
+    for cargo in CARGOS {
+        println!("{cargo:?}");
+        test(&Repository::new(cargo));
+    }
 }
 
 /// A job of it, which has been checked out.
@@ -54,9 +82,9 @@ const LIBRARY: &str =
     r#"pub fn text() -> String { format!("member {} {}", beta::text(), gamma::macro_!()) }"#;
 
 impl Repository {
-    fn new() -> Self {
+    fn new(cargo: Cargo) -> Self {
         let registry = Registry::start();
-        // A build script that goes by a folder, and one that makes what is compiled.
+        // A build script that depends on a folder, and one that generates sources.
         registry.publish(
             "alpha",
             "1.0.0",
@@ -108,21 +136,37 @@ impl Repository {
             registry,
             upstream: Upstream::start(Options::default()),
             folder: tempfile::tempdir().unwrap(),
+            cargo,
         }
     }
 
     /// A job on an empty runner, with the sources that it was given.
     fn job(&self) -> Checkout<'_> {
-        let place = self.folder.path().join("job");
-        if place.exists() {
-            fs::remove_dir_all(&place).unwrap();
+        self.job_in("job")
+    }
+
+    /// One whose folders, but for cargo's home, are elsewhere.
+    fn job_in(&self, place: &str) -> Checkout<'_> {
+        let place = self.folder.path().join(place);
+        for folder in [&place, &self.home()] {
+            if folder.exists() {
+                fs::remove_dir_all(folder).unwrap();
+            }
         }
         let mut job = Job::in_folder(place);
         job.use_sccache(&tools::sccache("0.16.0"));
         job.use_service(&self.upstream.url, &self.upstream.token);
         job.set("GITHUB_WORKFLOW", "CI");
         job.set("GITHUB_JOB", "build");
-        job.set("CARGO_HOME", job.path("cargo-home").display().to_string());
+        job.set("CARGO_HOME", self.home().display().to_string());
+        match self.cargo {
+            Cargo::OlderLayout => {}
+            Cargo::NewerLayout => {
+                job.set("RUSTC_BOOTSTRAP", "1");
+                job.set("CARGO_UNSTABLE_BUILD_DIR_NEW_LAYOUT", "true");
+            }
+            Cargo::Newer => job.set("RUSTUP_TOOLCHAIN", tools::NEWER_RUST),
+        }
         let checkout = Checkout {
             job,
             repository: self,
@@ -143,7 +187,12 @@ impl Repository {
         checkout
     }
 
-    /// Where the lockfile is between jobs.
+    /// Cargo's home.
+    fn home(&self) -> std::path::PathBuf {
+        self.folder.path().join("cargo-home")
+    }
+
+    /// The path of the lockfile between jobs.
     fn lockfile(&self) -> std::path::PathBuf {
         self.folder.path().join("Cargo.lock")
     }
@@ -185,7 +234,7 @@ impl Checkout<'_> {
         fs::write(path, text).unwrap();
     }
 
-    /// Makes the lockfile of what the registry has now, in a home of its own.
+    /// Makes the lockfile for the current registry, in its own home.
     fn lock(&self) {
         let home = tempfile::tempdir().unwrap();
         let status = Command::new("cargo")
@@ -202,14 +251,20 @@ impl Checkout<'_> {
     #[track_caller]
     fn set_up(&self) -> Step {
         let setup = self.job.setup().green();
-        assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+        setup.warns_never();
         setup
     }
 
     /// Builds, and gives the packages that were fresh and those that were compiled.
     #[track_caller]
     fn build(&self) -> (Vec<String>, Vec<String>) {
-        let step = self.job.shell(BUILD).green();
+        self.build_by(BUILD)
+    }
+
+    /// The same by another command.
+    #[track_caller]
+    fn build_by(&self, command: &str) -> (Vec<String>, Vec<String>) {
+        let step = self.job.shell(command).green();
         let named = |state: &str| {
             let mut names: Vec<String> = step
                 .stderr
@@ -224,11 +279,32 @@ impl Checkout<'_> {
         (named("Fresh "), named("Compiling "))
     }
 
-    /// What the program that was built says.
+    /// The output of the built program.
     #[track_caller]
     fn said(&self) -> String {
         let step = self.job.shell("target/debug/app").green();
         step.stdout.trim().to_owned()
+    }
+
+    /// The names of the packages of all units of the debug profile.
+    fn units(&self) -> Vec<String> {
+        let names = |folder: std::path::PathBuf| {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            names
+                .filter(|name| !name.starts_with('.'))
+                .collect::<Vec<_>>()
+        };
+        let older = names(self.path("target/debug/.fingerprint")).into_iter();
+        let older = older.filter_map(|name| Some(name.rsplit_once('-')?.0.to_owned()));
+        let build = self.path("target/debug/build");
+        let newer = names(build.clone()).into_iter().flat_map(|package| {
+            let units = names(build.join(&package)).into_iter();
+            let units =
+                units.filter(|hash| build.join(&package).join(hash).join("fingerprint").is_dir());
+            vec![package.clone(); units.count()]
+        });
+        older.chain(newer).collect()
     }
 
     #[track_caller]
@@ -241,10 +317,16 @@ impl Checkout<'_> {
     /// Sets up, builds and reports; all of it must be green, without a warning.
     #[track_caller]
     fn run(&self) -> (Vec<String>, Vec<String>) {
+        self.run_by(BUILD)
+    }
+
+    /// The same with another command to build.
+    #[track_caller]
+    fn run_by(&self, command: &str) -> (Vec<String>, Vec<String>) {
         self.set_up();
-        let built = self.build();
+        let built = self.build_by(command);
         let report = self.report();
-        assert!(report.warnings().is_empty(), "{}", report.stdout);
+        report.warns_never();
         built
     }
 }
@@ -255,119 +337,146 @@ const SAID: &str = "member beta 1.0.0 alpha 1.0.0 gamma";
 
 #[test]
 fn the_next_job_finds_every_dependency_fresh_downloads_nothing_and_writes_nothing() {
-    let repository = Repository::new();
-    let first = repository.job();
-    let (fresh, _) = first.run();
-    assert_eq!(fresh, [] as [&str; 0]);
-    let summary = first.job.file("GITHUB_STEP_SUMMARY");
-    assert!(summary.contains("Cargo cache"), "{summary}");
-    let mut asked = repository.registry.asked();
-    asked.sort();
-    let archives = [
-        "alpha",
-        "alpha-1.0.0",
-        "beta",
-        "beta-1.0.0",
-        "gamma",
-        "gamma-1.0.0",
-    ];
-    assert_eq!(asked, archives);
-    let before = repository.upstream.counts();
-    let second = repository.job();
-    let (fresh, compiled) = second.run();
-    assert_eq!(
-        (fresh, compiled),
-        (ALL.map(String::from).into(), OWN.map(String::from).into())
-    );
-    assert_eq!(second.said(), SAID);
-    assert_eq!(repository.registry.asked(), [] as [&str; 0]);
-    let asked = repository.upstream.counts().since(&before);
-    assert_eq!((asked.reservations, asked.bytes_up), (0, 0));
-    let summary = second.job.file("GITHUB_STEP_SUMMARY");
-    assert!(summary.contains("nothing new to save"), "{summary}");
+    with_each_cargo(|repository| {
+        let first = repository.job();
+        let (fresh, _) = first.run();
+        assert_eq!(fresh, [] as [&str; 0]);
+        let summary = first.job.file("GITHUB_STEP_SUMMARY");
+        assert!(summary.contains("Cargo cache"), "{summary}");
+        let mut asked = repository.registry.asked();
+        asked.sort();
+        let archives = [
+            "alpha",
+            "alpha-1.0.0",
+            "beta",
+            "beta-1.0.0",
+            "gamma",
+            "gamma-1.0.0",
+        ];
+        assert_eq!(asked, archives);
+        let before = repository.upstream.counts();
+        let second = repository.job();
+        let (fresh, compiled) = second.run();
+        assert_eq!(
+            (fresh, compiled),
+            (ALL.map(String::from).into(), OWN.map(String::from).into())
+        );
+        assert_eq!(second.said(), SAID);
+        assert_eq!(repository.registry.asked(), [] as [&str; 0]);
+        let asked = repository.upstream.counts().since(&before);
+        assert_eq!((asked.reservations, asked.bytes_up), (0, 0));
+        let summary = second.job.file("GITHUB_STEP_SUMMARY");
+        assert!(summary.contains("nothing new to save"), "{summary}");
+    });
+}
+
+#[test]
+fn dependencies_whose_metadata_lies_beside_the_library_only_are_fresh_too() {
+    with_each_cargo(|repository| {
+        let job = || {
+            let mut job = repository.job();
+            job.job.set("RUSTC_BOOTSTRAP", "1");
+            // The switch of cargo 1.95, and that of later ones.
+            job.job.set("CARGO_UNSTABLE_NO_EMBED_METADATA", "true");
+            job.job.set("CARGO_UNSTABLE_EMBED_METADATA", "false");
+            job
+        };
+        let first = job();
+        first.set_up();
+        let build = first.job.shell(BUILD).green();
+        assert!(
+            build.stderr.contains("embed-metadata=no"),
+            "{}",
+            build.stderr
+        );
+        first.report();
+        let second = job();
+        assert_eq!(second.run().0, ALL);
+        assert_eq!(second.said(), SAID);
+    });
 }
 
 #[test]
 fn another_job_of_the_repository_and_another_branch_have_what_the_first_compiled() {
-    let repository = Repository::new();
-    repository.job().run();
-    let mut other = repository.job();
-    other.job.set("GITHUB_JOB", "test");
-    let before = repository.upstream.counts();
-    assert_eq!(other.run().0, ALL);
-    // Its own list of the same parts, and no part.
-    let up = repository.upstream.counts().since(&before).bytes_up;
-    assert!((1..10_000).contains(&up), "{up}");
-    let mut branch = repository.job();
-    let token = repository
-        .upstream
-        .token_for(Some("refs/pull/1/merge"), &["refs/heads/main"]);
-    branch.job.set("ACTIONS_RUNTIME_TOKEN", token);
-    assert_eq!(branch.run().0, ALL);
+    with_each_cargo(|repository| {
+        repository.job().run();
+        let mut other = repository.job();
+        other.job.set("GITHUB_JOB", "test");
+        let before = repository.upstream.counts();
+        assert_eq!(other.run().0, ALL);
+        // Its own list of the same parts, and no part.
+        let up = repository.upstream.counts().since(&before).bytes_up;
+        assert!((1..10_000).contains(&up), "{up}");
+        let mut branch = repository.job();
+        let token = repository
+            .upstream
+            .token_for(Some("refs/pull/1/merge"), &["refs/heads/main"]);
+        branch.job.set("ACTIONS_RUNTIME_TOKEN", token);
+        assert_eq!(branch.run().0, ALL);
+    });
 }
 
 #[test]
 fn the_workspaces_own_code_is_compiled_whatever_the_times_of_its_sources_say() {
-    let repository = Repository::new();
-    let long_ago = SystemTime::now() - Duration::from_secs(1_000_000);
-    let age = |job: &Checkout<'_>| {
-        for file in all_files(&job.path("")) {
-            File::options()
-                .write(true)
-                .open(file)
-                .unwrap()
-                .set_modified(long_ago)
-                .unwrap();
-        }
-    };
-    let first = repository.job();
-    age(&first);
-    first.run();
-    let second = repository.job();
-    second.write("member/src/lib.rs", &LIBRARY.replace("member ", "changed "));
-    age(&second);
-    let (fresh, compiled) = second.run();
-    assert_eq!(
-        (fresh, compiled),
-        (ALL.map(String::from).into(), OWN.map(String::from).into())
-    );
-    assert_eq!(second.said(), SAID.replace("member", "changed"));
+    with_each_cargo(|repository| {
+        let long_ago = SystemTime::now() - Duration::from_secs(1_000_000);
+        let age = |job: &Checkout<'_>| {
+            for file in all_files(&job.path("")) {
+                File::options()
+                    .write(true)
+                    .open(file)
+                    .unwrap()
+                    .set_modified(long_ago)
+                    .unwrap();
+            }
+        };
+        let first = repository.job();
+        age(&first);
+        first.run();
+        let second = repository.job();
+        second.write("member/src/lib.rs", &LIBRARY.replace("member ", "changed "));
+        age(&second);
+        let (fresh, compiled) = second.run();
+        assert_eq!(
+            (fresh, compiled),
+            (ALL.map(String::from).into(), OWN.map(String::from).into())
+        );
+        assert_eq!(second.said(), SAID.replace("member", "changed"));
+    });
 }
 
 #[test]
 fn a_bumped_dependency_is_all_that_is_compiled_and_sent() {
-    let repository = Repository::new();
-    repository.job().run();
-    let cold = repository.upstream.counts().bytes_up;
-    publish_beta(&repository.registry, "1.0.1");
-    let bumped = repository.job();
-    bumped.lock();
-    let before = repository.upstream.counts();
-    let (fresh, compiled) = bumped.run();
-    assert_eq!(fresh, ["alpha", "gamma"]);
-    assert_eq!(compiled, ["app", "beta", "member"]);
-    assert_eq!(bumped.said(), "member beta 1.0.1 alpha 1.0.0 gamma");
-    let asked = repository.registry.asked();
-    assert!(!asked.contains(&"alpha-1.0.0".to_owned()), "{asked:?}");
-    let up = repository.upstream.counts().since(&before).bytes_up;
-    assert!(up < cold / 3, "{up} of {cold}");
-    // The old version goes: what is restored next is what the lockfile asks for.
-    let next = repository.job();
-    next.set_up();
-    let archives = all_files(&next.job.path("cargo-home/registry/cache"));
-    assert_eq!(archives.len(), 3, "{archives:?}");
-    let units = fs::read_dir(next.path("target/debug/.fingerprint")).unwrap();
-    let beta = units.filter(|unit| {
-        let name = unit.as_ref().unwrap().file_name();
-        name.to_string_lossy().starts_with("beta-")
+    with_each_cargo(|repository| {
+        repository.job().run();
+        let cold = repository.upstream.counts().bytes_up;
+        publish_beta(&repository.registry, "1.0.1");
+        let bumped = repository.job();
+        bumped.lock();
+        let before = repository.upstream.counts();
+        let (fresh, compiled) = bumped.run();
+        assert_eq!(fresh, ["alpha", "gamma"]);
+        assert_eq!(compiled, ["app", "beta", "member"]);
+        assert_eq!(bumped.said(), "member beta 1.0.1 alpha 1.0.0 gamma");
+        let asked = repository.registry.asked();
+        assert!(!asked.contains(&"alpha-1.0.0".to_owned()), "{asked:?}");
+        let up = repository.upstream.counts().since(&before).bytes_up;
+        assert!(up < cold / 3, "{up} of {cold}");
+        // The old version goes: the next restore has the version of the lockfile.
+        let next = repository.job();
+        next.set_up();
+        let archives = all_files(&repository.home().join("registry/cache"));
+        assert_eq!(archives.len(), 3, "{archives:?}");
+        let units = next.units();
+        let beta = units.iter().filter(|name| *name == "beta");
+        assert_eq!(beta.count(), 1, "{units:?}");
+        assert_eq!(next.build().0, ALL);
     });
-    assert_eq!(beta.count(), 1);
-    assert_eq!(next.build().0, ALL);
 }
 
 #[test]
 fn another_compiler_gets_the_crates_and_nothing_that_was_compiled() {
-    let repository = Repository::new();
+    let repository = Repository::new(Cargo::OlderLayout);
     repository.job().run();
     repository.registry.asked();
     let mut other = repository.job();
@@ -381,11 +490,7 @@ fn another_compiler_gets_the_crates_and_nothing_that_was_compiled() {
     fs::set_permissions(&rustc, fs::Permissions::from_mode(0o755)).unwrap();
     other.job.set("RUSTC", rustc.display().to_string());
     let setup = other.set_up();
-    assert!(
-        setup.stdout.contains("0 compiled units and 3 crates"),
-        "{}",
-        setup.stdout
-    );
+    setup.prints("0 compiled units, 3 crates");
     assert!(!other.path("target").exists());
     let (fresh, compiled) = other.build();
     assert_eq!((fresh.len(), compiled.len()), (0, 5));
@@ -397,13 +502,13 @@ fn another_compiler_gets_the_crates_and_nothing_that_was_compiled() {
 }
 
 #[test]
-fn what_was_damaged_or_lost_is_made_anew_and_the_build_is_green() {
+fn what_was_damaged_or_lost_is_made_again_and_the_build_is_green() {
     for fault in [
         Fault::FlipBytes { offset: 30_000 },
         Fault::LoseBlobs,
         Fault::TruncateDownloads,
     ] {
-        let repository = Repository::new();
+        let repository = Repository::new(Cargo::OlderLayout);
         repository.job().run();
         let second = repository.job();
         repository.upstream.set_fault(Some(fault));
@@ -426,7 +531,7 @@ fn what_was_damaged_or_lost_is_made_anew_and_the_build_is_green() {
 
 #[test]
 fn a_token_that_may_only_read_gets_what_there_is_and_writes_nothing() {
-    let repository = Repository::new();
+    let repository = Repository::new(Cargo::OlderLayout);
     repository.job().run();
     publish_beta(&repository.registry, "1.0.1");
     let mut reader = repository.job();
@@ -440,78 +545,117 @@ fn a_token_that_may_only_read_gets_what_there_is_and_writes_nothing() {
     assert_eq!(asked.reservations, 0);
 }
 
+/// Has what the killed restore of this job left removed, as by a restore of hours later.
+#[track_caller]
+fn remove_what_is_half_made(killed: &Checkout<'_>) {
+    let later = SystemTime::now() + Duration::from_secs(2 * 60 * 60);
+    let (home, target) = (killed.repository.home(), killed.path("target"));
+    let half_made = || {
+        let files = [&home, &target]
+            .into_iter()
+            .filter(|folder| folder.exists());
+        let files = files.flat_map(|folder| all_files(folder));
+        files.filter(|file| file.to_string_lossy().contains("/.sccache-action-"))
+    };
+    leftovers::remove(&home, std::slice::from_ref(&target), later);
+    assert_eq!(half_made().next(), None);
+}
+
+#[test]
+fn a_restore_that_would_leave_too_little_free_ends_with_one_warning_and_cargo_does_the_rest() {
+    let repository = Repository::new(Cargo::OlderLayout);
+    repository.job().run();
+    let mut full = repository.job();
+    full.job
+        .set("SCCACHE_ACTION_FREE_FLOOR", u64::MAX.to_string());
+    let setup = full.set_up();
+    setup.prints("0 dependencies restored");
+    assert_eq!(full.build().0, [] as [&str; 0]);
+    assert_eq!(full.said(), SAID);
+    let report = full.report();
+    let warnings = report.warnings();
+    assert_eq!(warnings.len(), 1, "{}", report.stdout);
+    assert!(
+        warnings[0].contains("cargo does the rest"),
+        "{}",
+        report.stdout
+    );
+    // The next one has it all again.
+    assert_eq!(repository.job().run().0, ALL);
+}
+
 #[test]
 fn a_restore_that_is_killed_leaves_nothing_that_looks_fresh_and_is_not() {
-    let repository = Repository::new();
-    repository.job().run();
-    for units in 1..5 {
-        let killed = repository.job();
-        let mut setup = Command::new(binary())
-            .arg("setup")
-            .env_clear()
-            .envs(killed.job.main_environment().iter())
-            .current_dir(killed.path(""))
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        // At whatever moment: when so many units are there, or the next one is.
-        let restored = || {
-            let units = fs::read_dir(killed.path("target/debug/.fingerprint"));
-            units.map_or(0, Iterator::count)
-        };
-        while restored() < units && setup.try_wait().unwrap().is_none() {
-            std::thread::yield_now();
+    with_each_cargo(|repository| {
+        repository.job().run();
+        for units in 1..5 {
+            let killed = repository.job();
+            let mut setup = Command::new(binary())
+                .arg("setup")
+                .env_clear()
+                .envs(killed.job.main_environment().iter())
+                .current_dir(killed.path(""))
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
+            // The kill comes at any moment: after a number of units, or with the next one.
+            let restored = || killed.units().len();
+            while restored() < units && setup.try_wait().unwrap().is_none() {
+                std::thread::yield_now();
+            }
+            for pid in killed.job.relays() {
+                kill(pid);
+            }
+            setup.kill().unwrap();
+            setup.wait().unwrap();
+            remove_what_is_half_made(&killed);
+            let mut plain = Command::new("cargo");
+            let plain = plain
+                .args(["build", "--locked"])
+                .env_clear()
+                .envs(killed.job.later_environment().iter())
+                .current_dir(killed.path(""));
+            let built = plain.output().unwrap();
+            assert!(
+                built.status.success(),
+                "{}",
+                String::from_utf8_lossy(&built.stderr)
+            );
+            assert_eq!(killed.said(), SAID);
         }
-        for pid in killed.job.relays() {
-            kill(pid);
-        }
-        setup.kill().unwrap();
-        setup.wait().unwrap();
-        let mut plain = Command::new("cargo");
-        let plain = plain
-            .args(["build", "--locked"])
-            .env_clear()
-            .envs(killed.job.later_environment().iter())
-            .current_dir(killed.path(""));
-        let built = plain.output().unwrap();
-        assert!(
-            built.status.success(),
-            "{}",
-            String::from_utf8_lossy(&built.stderr)
-        );
-        assert_eq!(killed.said(), SAID);
-    }
+    });
 }
 
 #[test]
 fn what_is_on_a_runner_already_is_left_as_it_is() {
-    let repository = Repository::new();
-    repository.job().run();
-    let mut runner = repository.job();
-    // As a job without the action left it.
-    runner.job.set("CARGO_INCREMENTAL", "0");
-    runner.build();
-    let state = |folder: &Path| {
-        let mut files = all_files(folder);
-        files.sort();
-        let state = files.into_iter().map(|file| {
-            let modified = fs::metadata(&file).unwrap().modified().unwrap();
-            (file, modified)
-        });
-        state.collect::<Vec<_>>()
-    };
-    let folders = ["workspace/target", "cargo-home/registry"].map(|name| runner.job.path(name));
-    let before: Vec<_> = folders.iter().map(|folder| state(folder)).collect();
-    runner.set_up();
-    let after: Vec<_> = folders.iter().map(|folder| state(folder)).collect();
-    assert_eq!(before, after);
-    assert_eq!(runner.build().0.len(), 5);
-    runner.report();
+    with_each_cargo(|repository| {
+        repository.job().run();
+        let mut runner = repository.job();
+        // This is the state after a job without the action.
+        runner.job.set("CARGO_INCREMENTAL", "0");
+        runner.build();
+        let state = |folder: &Path| {
+            let mut files = all_files(folder);
+            files.sort();
+            let state = files.into_iter().map(|file| {
+                let modified = fs::metadata(&file).unwrap().modified().unwrap();
+                (file, modified)
+            });
+            state.collect::<Vec<_>>()
+        };
+        let folders = [runner.path("target"), repository.home().join("registry")];
+        let before: Vec<_> = folders.iter().map(|folder| state(folder)).collect();
+        runner.set_up();
+        let after: Vec<_> = folders.iter().map(|folder| state(folder)).collect();
+        assert_eq!(before, after);
+        assert_eq!(runner.build().0.len(), 5);
+        runner.report();
+    });
 }
 
 #[test]
 fn a_job_that_compiles_nothing_takes_nothing_from_the_next() {
-    let repository = Repository::new();
+    let repository = Repository::new(Cargo::OlderLayout);
     repository.job().run();
     let idle = repository.job();
     idle.set_up();
@@ -522,71 +666,72 @@ fn a_job_that_compiles_nothing_takes_nothing_from_the_next() {
 
 #[test]
 fn a_git_dependency_is_kept_with_its_checkout() {
-    let repository = Repository::new();
-    let source = repository.folder.path().join("delta");
-    fs::create_dir_all(source.join("src")).unwrap();
-    fs::write(
-        source.join("Cargo.toml"),
-        manifest("delta", "0.1.0", "", ""),
-    )
-    .unwrap();
-    fs::write(
-        source.join("build.rs"),
-        "fn main() { println!(\"cargo:rerun-if-changed=src\"); }",
-    )
-    .unwrap();
-    fs::write(
-        source.join("src/lib.rs"),
-        "pub const TEXT: &str = \"delta\";",
-    )
-    .unwrap();
-    for arguments in [
-        &["init", "--quiet", "--initial-branch=main"][..],
-        &["add", "."],
-        &[
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b.example",
-            "commit",
-            "--quiet",
-            "-m",
-            "a",
-        ],
-    ] {
-        let status = Command::new("git")
-            .args(arguments)
-            .current_dir(&source)
-            .status();
-        assert!(status.unwrap().success());
-    }
-    let dependency = format!("delta = {{ git = \"file://{}\" }}\n", source.display());
-    let run = || {
-        let job = repository.job();
-        job.write("member/Cargo.toml", &format!("{MEMBER}{dependency}"));
-        job.write(
-            "member/src/lib.rs",
-            &LIBRARY.replace("gamma::macro_!()", "delta::TEXT"),
-        );
-        if !fs::read_to_string(repository.lockfile())
-            .unwrap()
-            .contains("delta")
-        {
-            job.lock();
+    with_each_cargo(|repository| {
+        let source = repository.folder.path().join("delta");
+        fs::create_dir_all(source.join("src")).unwrap();
+        fs::write(
+            source.join("Cargo.toml"),
+            manifest("delta", "0.1.0", "", ""),
+        )
+        .unwrap();
+        fs::write(
+            source.join("build.rs"),
+            "fn main() { println!(\"cargo:rerun-if-changed=src\"); }",
+        )
+        .unwrap();
+        fs::write(
+            source.join("src/lib.rs"),
+            "pub const TEXT: &str = \"delta\";",
+        )
+        .unwrap();
+        for arguments in [
+            &["init", "--quiet", "--initial-branch=main"][..],
+            &["add", "."],
+            &[
+                "-c",
+                "user.name=a",
+                "-c",
+                "user.email=a@b.example",
+                "commit",
+                "--quiet",
+                "-m",
+                "a",
+            ],
+        ] {
+            let status = Command::new("git")
+                .args(arguments)
+                .current_dir(&source)
+                .status();
+            assert!(status.unwrap().success());
         }
-        let fresh = job.run().0;
-        assert_eq!(job.said(), SAID.replace("gamma", "delta"));
-        fresh
-    };
-    assert_eq!(run(), [] as [&str; 0]);
-    // Were the repository asked, it would not be found.
-    fs::rename(&source, source.with_extension("gone")).unwrap();
-    assert_eq!(run(), ["alpha", "beta", "delta", "gamma"]);
+        let dependency = format!("delta = {{ git = \"file://{}\" }}\n", source.display());
+        let run = || {
+            let job = repository.job();
+            job.write("member/Cargo.toml", &format!("{MEMBER}{dependency}"));
+            job.write(
+                "member/src/lib.rs",
+                &LIBRARY.replace("gamma::macro_!()", "delta::TEXT"),
+            );
+            if !fs::read_to_string(repository.lockfile())
+                .unwrap()
+                .contains("delta")
+            {
+                job.lock();
+            }
+            let fresh = job.run().0;
+            assert_eq!(job.said(), SAID.replace("gamma", "delta"));
+            fresh
+        };
+        assert_eq!(run(), [] as [&str; 0]);
+        // Were the repository asked, it would not be found.
+        fs::rename(&source, source.with_extension("gone")).unwrap();
+        assert_eq!(run(), ["alpha", "beta", "delta", "gamma"]);
+    });
 }
 
 #[test]
 fn cargo_goes_through_sccache_alone_where_its_cache_is_switched_off() {
-    let repository = Repository::new();
+    let repository = Repository::new(Cargo::OlderLayout);
     for expected in ["0 hits, ", "0 misses, "] {
         let mut job = repository.job();
         job.job.set("INPUT_CACHE-CARGO", "false");
@@ -594,32 +739,33 @@ fn cargo_goes_through_sccache_alone_where_its_cache_is_switched_off() {
         let (fresh, _) = job.build();
         assert_eq!(fresh, [] as [&str; 0]);
         let report = job.report();
-        assert!(report.stdout.contains(expected), "{}", report.stdout);
+        report.prints(expected);
         assert!(!report.stdout.contains("Cargo cache"), "{}", report.stdout);
     }
 }
 
 #[test]
 fn dependencies_in_a_layout_that_is_not_known_go_through_sccache_with_one_notice() {
-    let repository = Repository::new();
-    for is_warm in [false, true] {
-        let mut job = repository.job();
-        // Cargo's own layout since 1.100, which 1.95 has behind a switch.
-        job.job.set("RUSTC_BOOTSTRAP", "1");
-        job.job.set("CARGO_UNSTABLE_BUILD_DIR_NEW_LAYOUT", "true");
+    let repository = Repository::new(Cargo::OlderLayout);
+    for hits in ["(0 hits, 1 miss,", "(1 hit, 0 misses,"] {
+        let job = repository.job();
         job.set_up();
-        let (_, compiled) = job.build();
-        assert!(compiled.iter().any(|name| name == "beta"), "{compiled:?}");
-        assert_eq!(job.said(), SAID);
+        job.job.shell("cargo fetch --locked --quiet").green();
+        // This is the state of a cargo with yet another layout.
+        let compile = "out=target/debug/units/alpha/0123456789abcdef/output; mkdir -p $out; \
+                       for source in $CARGO_HOME/registry/src/*/alpha-1.0.0/build.rs; do \
+                       \"$RUSTC_WRAPPER\" rustc --crate-name alpha --edition=2021 \"$source\" \
+                       --crate-type lib --emit=dep-info,metadata,link -C metadata=1 -C extra-filename=-1 \
+                       --out-dir \"$PWD/$out\"; done";
+        job.job.shell(compile).green();
+        assert!(
+            job.path("target/debug/units/alpha/0123456789abcdef/output/libalpha-1.rlib")
+                .is_file()
+        );
         let report = job.report();
-        assert!(report.warnings().is_empty(), "{}", report.stdout);
+        report.warns_never();
         let notices = report.stdout.matches("does not know the layout").count();
         assert_eq!(notices, 1, "{}", report.stdout);
-        // The libraries alpha, beta and member: sccache has no key for what is linked.
-        let counts = match is_warm {
-            true => "(3 hits, 0 misses, ",
-            false => "(0 hits, 3 misses, ",
-        };
-        assert!(report.stdout.contains(counts), "{}", report.stdout);
+        report.prints(hits);
     }
 }

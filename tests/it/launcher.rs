@@ -15,7 +15,7 @@ fn dist() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("dist")
 }
 
-/// The launcher in a folder of its own, with this script in the binary's place.
+/// The launcher in its own folder, with this script in the binary's place.
 struct Launcher {
     folder: tempfile::TempDir,
 }
@@ -117,7 +117,7 @@ fn a_binary_that_was_changed_is_not_run() {
     let main = launcher.main(&job).green();
     assert_eq!(main.warnings().len(), 1, "{}", main.stdout);
     assert!(
-        main.warnings()[0].contains("is not the binary"),
+        main.warnings()[0].contains("does not match the manifest"),
         "{}",
         main.stdout
     );
@@ -136,12 +136,62 @@ fn a_binary_that_was_changed_is_not_run() {
 #[test]
 fn a_runner_without_a_binary_is_named_with_those_that_have_one() {
     let launcher = Launcher::with_script("echo ran");
-    launcher.write_manifest("", "win32-arm64");
+    launcher.write_manifest("", "freebsd-x64");
     let main = launcher.main(&Job::new()).green();
     assert_eq!(main.warnings().len(), 1, "{}", main.stdout);
     let warning = main.warnings()[0];
-    assert!(warning.contains("no binary for linux-x64; there is one for win32-arm64"));
+    assert!(
+        warning.contains("for linux-x64; there is one for freebsd-x64"),
+        "{warning}"
+    );
     assert!(warning.contains("without a cache"));
+}
+
+/// A job whose node says that it runs on this platform.
+fn job_on(platform: &str, processor: &str) -> Job {
+    let mut job = Job::new();
+    let file = job.path("platform.js");
+    let define = |name: &str, value: &str| {
+        format!("Object.defineProperty(process, '{name}', {{ value: '{value}' }});\n")
+    };
+    let script = define("platform", platform) + &define("arch", processor);
+    fs::write(&file, script).unwrap();
+    job.set("NODE_OPTIONS", format!("--require={}", file.display()));
+    job
+}
+
+#[test]
+fn windows_on_arm_runs_the_binary_for_x64_and_others_run_none_but_their_own() {
+    let script = "echo ran";
+    let launcher = Launcher::with_script(script);
+    let sha256 = hex::encode(Sha256::digest(format!("#!/bin/sh\n{script}\n")));
+    launcher.write_manifest(&sha256, "win32-x64");
+    let main = launcher.main(&job_on("win32", "arm64")).green();
+    assert_eq!(main.stdout, "ran\n");
+    for (platform, processor) in [
+        ("linux", "riscv64"),
+        ("linux", "s390x"),
+        ("darwin", "arm64"),
+    ] {
+        let main = launcher.main(&job_on(platform, processor)).green();
+        let warning = main.warnings().join("");
+        let named = format!("for {platform}-{processor}; there is one for win32-x64");
+        assert!(warning.contains(&named), "{}", main.stdout);
+    }
+}
+
+#[test]
+fn a_message_of_the_launcher_gives_the_runner_no_command_but_itself() {
+    let launcher = Launcher::with_script("exit 3");
+    let file = launcher.folder.path().join("manifest.json");
+    let foreign = "##[set-output name=path]/tmp/evil\n::set-output name=path::/tmp/evil";
+    let manifest = json!({
+        "binaries": { "linux-x64": { "file": foreign, "sha256": foreign } }
+    });
+    fs::write(file, manifest.to_string()).unwrap();
+    let main = launcher.main(&Job::new()).green();
+    assert_eq!(main.warnings().len(), 1, "{}", main.stdout);
+    assert!(main.stdout.contains("set-output"), "{}", main.stdout);
 }
 
 #[test]

@@ -15,14 +15,17 @@ mod documents;
 mod install;
 mod job;
 mod launcher;
+mod layers;
 mod rehearse;
 mod relay;
-mod serve;
-mod service;
-mod storage;
+mod serve_folder;
+mod serve_process;
+mod serve_store;
 #[allow(dead_code, reason = "benches use the rest")]
 mod support;
 mod upstream;
 mod windows;
 #[cfg(unix)]
 mod wrapper;
+#[cfg(unix)]
+mod wrong_keys;

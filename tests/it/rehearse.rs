@@ -41,7 +41,7 @@ fn lines(output: &Output) -> String {
 #[test]
 fn a_rehearsal_without_cargo_compiles_the_sample_s_c_files_and_finds_them_again() {
     let text = lines(&rehearse(&["cc", "as"], &[]));
-    let told = "There is no cargo on PATH: only the sample's C files are compiled.";
+    let told = "cargo is not on PATH, so only the sample's C files are compiled.";
     assert!(text.contains(told), "{text}");
     let cold = "cold: 0 % of 8 compiles came from the cache (0 hits, 8 misses, 0 errors)";
     let warm = "warm: 100 % of 8 compiles came from the cache (8 hits, 0 misses, 0 errors)";
@@ -53,7 +53,7 @@ fn a_sample_that_cannot_be_built_is_told_with_what_it_takes() {
     let output = rehearse(&[], &[]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{output:?}");
-    let needed = "neither cargo with its crates nor a compiler of C called cc on PATH";
+    let needed = "neither cargo with its crates nor a C compiler called cc";
     assert!(error.contains(needed), "{error}");
 }
 

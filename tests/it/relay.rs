@@ -4,6 +4,8 @@
 use crate::support::tools;
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,8 +15,16 @@ use crate::support::c_build::{
 };
 use crate::support::runner::{Job, Step, all_files, binary, kill};
 use crate::support::upstream::{Fault, Options, Upstream};
+use axum::body::Bytes;
 use axum::http::StatusCode;
-use sccache_action::http_client;
+use sccache_action::cache_client::{CacheClient, Endpoint, Reservation};
+use sccache_action::http::{self, Timeouts};
+use sccache_action::install::Platform;
+use sccache_action::packs::chain::{ChainState, EntryKeys};
+use sccache_action::packs::index::Index;
+use sccache_action::packs::pack;
+use sccache_action::runner::environment::Environment;
+use sha2::{Digest, Sha256};
 
 fn job(sccache: &str, upstream: &Upstream) -> Job {
     let mut job = Job::with_sccache(&tools::sccache(sccache));
@@ -51,7 +61,7 @@ fn join(job: &mut Job, upstream: &Upstream) {
 #[track_caller]
 fn run(job: &Job) -> Step {
     let setup = job.setup().green();
-    assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+    setup.warns_never();
     assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("packed"));
     job.shell(BUILD).green();
     assert_eq!(objects(job), FILES);
@@ -62,7 +72,7 @@ fn run(job: &Job) -> Step {
 
 #[track_caller]
 fn assert_says(report: &Step, expected: &str) {
-    assert!(report.stdout.contains(expected), "{}", report.stdout);
+    report.prints(expected);
 }
 
 const COLD: &str = "0 hits, 6 misses, 0 errors";
@@ -119,7 +129,7 @@ fn the_preprocessor_cache_comes_along() {
             .unwrap();
         job.setup().green();
         if expected == WARM {
-            let entries = all_files(&disk_level(&job).join("preprocessor"));
+            let entries = all_files(&disk_tier(&job).join("preprocessor"));
             assert!(entries.len() >= FILES, "{entries:?}");
             // A preprocessor that is not asked cannot fail.
             let compiler = "echo 'int f1(void) { return 1; }' > unused.c";
@@ -130,7 +140,7 @@ fn the_preprocessor_cache_comes_along() {
     }
 }
 
-fn disk_level(job: &Job) -> std::path::PathBuf {
+fn disk_tier(job: &Job) -> std::path::PathBuf {
     job.entries("GITHUB_ENV").path("SCCACHE_DIR").unwrap()
 }
 
@@ -173,7 +183,7 @@ fn jobs_that_run_at_the_same_time_and_a_pull_request_end_with_the_union() {
     for value in ["101", "102", "103"] {
         assert_says(&run(&pull_request(value)), WARM);
     }
-    // What a pull request compiled is not seen outside of it.
+    // The results of a pull request are invisible outside of it.
     assert_says(&run(&on_main("one", "103")), "5 hits, 1 miss, 0 errors");
     assert_says(&run(&on_main("three", "102")), WARM);
 }
@@ -214,7 +224,7 @@ fn a_container_without_a_home_and_with_folders_of_another_name_has_the_cache_of_
         job.use_sccache(&tools::sccache("0.16.0"));
         join(&mut job, &upstream);
         if name == "__w" {
-            // As in a container whose user has no entry in its files, and no home.
+            // The situation of a container whose user has no entry in its files, and no home.
             job.set("HOME", "/nonexistent");
             job.set("RUNNER_TOOL_CACHE", "/nonexistent/tools");
         }
@@ -231,7 +241,7 @@ fn jobs_of_a_matrix_share_objects_and_each_knows_its_own_last_run() {
         job
     };
     assert_says(&run(&of_matrix("one")), COLD);
-    // What one entry compiled the other need not; it has no last run of its own to be shown.
+    // The other entry uses the first one's objects; it has no last run of its own to show.
     let first = of_matrix("two");
     write_source(&first, 1, "201");
     let report = run(&first);
@@ -255,13 +265,13 @@ fn two_uses_in_one_job_share_the_cache_and_report_each_for_itself() {
         std::fs::write(job.path(file), "").unwrap();
     }
     let setup = job.setup().green();
-    assert!(setup.warnings().is_empty(), "{:?}", setup.warnings());
+    setup.warns_never();
     remove_objects(&job);
     job.shell(BUILD).green();
     assert_says(&job.report().green(), WARM);
 }
 
-/// A job of twelve files, of which so many were never compiled before.
+/// A job of twelve files, of which this many were never compiled before.
 fn job_of_twelve(upstream: &Upstream, run: usize, new: usize) -> Job {
     let mut job = job("0.16.0", upstream);
     job.set("INPUT_MIN-HIT-RATE", "90");
@@ -284,10 +294,10 @@ fn build_and_report(job: &Job) -> Step {
 #[test]
 fn a_hit_rate_is_shown_beside_the_last_ones_and_judged_from_the_second_run_on() {
     let upstream = Upstream::start(Options::default());
-    // Nothing can be in the cache for a first run.
+    // A first run finds an empty cache.
     let job = job_of_twelve(&upstream, 1, 0);
     let report = build_and_report(&job).green();
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    report.warns_never();
     assert!(!job.file("GITHUB_STEP_SUMMARY").contains("last run"));
     let before = upstream.counts();
     let job = job_of_twelve(&upstream, 2, 6);
@@ -301,7 +311,7 @@ fn a_hit_rate_is_shown_beside_the_last_ones_and_judged_from_the_second_run_on() 
         assert!(summary.contains(&expected), "{summary}");
     };
     after(&job, "0 %");
-    // What is told of a run travels with its packs.
+    // The numbers of a run are saved with its packs.
     let requests = upstream.counts().since(&before).requests();
     assert!(requests <= 6, "{requests} requests");
     let mut job = job_of_twelve(&upstream, 3, 3);
@@ -314,13 +324,17 @@ fn a_hit_rate_is_shown_beside_the_last_ones_and_judged_from_the_second_run_on() 
     let token = upstream.token_for(Some("refs/pull/1/merge"), &["refs/heads/main"]);
     job.set("ACTIONS_RUNTIME_TOKEN", token);
     let report = build_and_report(&job).green();
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    report.warns_never();
     after(&job, "75.0 %");
+    // The runs of the base come before those of the pull request.
+    let summary = job.file("GITHUB_STEP_SUMMARY");
+    let line = "    line [0.0, 50.0, 75.0, 91.7]\n";
+    assert!(summary.contains(line), "{summary}");
     // Another job has no earlier run, whatever is in the packs.
     let mut job = job_of_twelve(&upstream, 5, 12);
     job.set("GITHUB_JOB", "another");
     let report = build_and_report(&job).green();
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
+    report.warns_never();
     assert!(!job.file("GITHUB_STEP_SUMMARY").contains("last run"));
 }
 
@@ -334,7 +348,7 @@ fn namespaces_do_not_see_each_other() {
     }
 }
 
-/// Waits until `done` says so.
+/// Waits until `done` holds.
 #[track_caller]
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
@@ -347,7 +361,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 #[test]
 fn a_relay_that_is_killed_costs_at_most_what_it_had_not_saved_and_one_warning() {
     for (version, expected) in [
-        // What is on its disk is saved all the same.
+        // The objects on its disk are saved all the same.
         ("0.16.0", WARM),
         ("0.14.0", "3 hits, 3 misses, 0 errors"),
     ] {
@@ -365,9 +379,7 @@ fn a_relay_that_is_killed_costs_at_most_what_it_had_not_saved_and_one_warning() 
         killed.shell(BUILD).green();
         assert_eq!(objects(&killed), FILES);
         let report = killed.report().green();
-        let warnings = report.warnings();
-        assert_eq!(warnings.len(), 1, "{}", report.stdout);
-        assert!(warnings[0].contains("relay"), "{warnings:?}");
+        report.warns_once("relay");
         assert_says(&run(&job(version, &upstream)), expected);
     }
 }
@@ -376,7 +388,7 @@ fn a_relay_that_is_killed_costs_at_most_what_it_had_not_saved_and_one_warning() 
 fn saved_objects(upstream: &Upstream) -> usize {
     let job = job("0.16.0", upstream);
     job.setup().green();
-    let objects = all_files(&disk_level(&job)).len();
+    let objects = all_files(&disk_tier(&job)).len();
     job.report().green();
     // The probe's object is not one of the build's.
     objects.saturating_sub(1)
@@ -425,6 +437,36 @@ fn githubs_cache_switched_on_for_all_steps_is_in_nobodys_way() {
         assert!(!report.stdout.contains("ran without"), "{}", report.stdout);
         job.server_ends();
         assert_says(&run(&self::job("0.16.0", &upstream)), WARM);
+    }
+}
+
+#[test]
+fn the_real_sccache_called_by_its_path_starts_a_server_where_nothing_is_left_to_do_so() {
+    for version in ["0.19.0", "0.15.0"] {
+        for by_the_workflow in [false, true] {
+            let upstream = Upstream::start(Options::default());
+            let mut job = job(version, &upstream);
+            if by_the_workflow {
+                job.set("SCCACHE_GHA_ENABLED", "true");
+            }
+            job.setup().green();
+            // The relay first, which would start the server again.
+            kill(job.relay_pid().unwrap());
+            if let Some(server) = job.server_pid() {
+                kill(server);
+            }
+            let sccache = job.entries("GITHUB_OUTPUT").path("path").unwrap();
+            let sccache = sccache.display();
+            let calls = format!("{sccache} gcc -c 1.c -o 1.o; {sccache} --show-stats");
+            let step = job.shell(&calls).green();
+            step.prints("Local disk");
+            let build = job.shell(BUILD).green();
+            assert_eq!((objects(&job), &*build.stderr), (FILES, ""));
+            job.report().green();
+            job.server_ends();
+            // The objects that this server stored are in the packs all the same.
+            assert_says(&run(&self::job(version, &upstream)), WARM);
+        }
     }
 }
 
@@ -538,8 +580,8 @@ fn a_refusal_that_passes_loses_nothing() {
         upstream.set_fault(None);
         report.join().unwrap()
     });
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
-    assert_says(&report, "Refused with 429 and made up for later: 1");
+    report.warns_never();
+    assert_says(&report, "Rate-limited, then retried: 1");
     assert_says(&run(&self::job("0.16.0", &upstream)), WARM);
 }
 
@@ -553,19 +595,236 @@ fn a_token_that_may_only_read_is_respected_and_no_trouble() {
     known.set("ACTIONS_RUNTIME_TOKEN", token);
     write_source(&known, 1, "7");
     let setup = known.setup().green();
-    assert!(setup.stdout.contains("may only read"), "{}", setup.stdout);
+    setup.prints("is read-only");
     known.shell(BUILD).green();
     let report = known.report().green();
     assert_says(&report, "5 hits, 1 miss, 0 errors");
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
-    // Or it turns out when something is written.
+    report.warns_never();
+    // Or it becomes known at a write.
     upstream.set_fault(Some(Fault::DenyWrites));
     let unknown = job("0.16.0", &upstream);
     write_source(&unknown, 1, "8");
     let report = run(&unknown);
-    assert!(report.warnings().is_empty(), "{}", report.stdout);
-    assert_says(&report, "nothing, since the cache may only be read");
+    report.warns_never();
+    assert_says(&report, "nothing: the cache is read-only");
     assert_eq!(upstream.counts().since(&before).commits, 0);
+}
+
+#[test]
+fn a_job_that_may_not_use_the_cache_asks_it_nothing_and_keeps_its_objects_on_the_disk() {
+    let upstream = Upstream::start(Options::default());
+    for mode in ["packed", "direct"] {
+        let mut job = job("0.19.0", &upstream);
+        job.set("ACTIONS_CACHE_MODE", "none");
+        job.set("INPUT_MODE", mode);
+        let setup = job.setup().green();
+        setup.warns_never();
+        let notices = setup.stdout.matches("::notice").count();
+        assert_eq!(notices, 1, "{}", setup.stdout);
+        assert_eq!(job.entries("GITHUB_OUTPUT").get("mode"), Some("local"));
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        report.warns_never();
+        assert_says(&report, COLD);
+    }
+    assert_eq!(upstream.counts().requests(), 0);
+    let mut strict = job("0.19.0", &upstream);
+    strict.set("ACTIONS_CACHE_MODE", "none");
+    strict.set("INPUT_ON-FAILURE", "fail");
+    let setup = strict.setup();
+    assert_eq!(setup.status, Some(1), "{}", setup.stdout);
+}
+
+#[test]
+fn a_job_that_may_not_use_the_cache_leaves_it_out_of_its_own_chain_with_one_notice() {
+    let upstream = Upstream::start(Options::default());
+    for (mode, chain, words) in [
+        ("", "disk,gha", "`gha` is removed"),
+        ("external", "disk,gha", "`gha` is removed"),
+        ("", "gha", "kept on this machine's disk only"),
+    ] {
+        let mut job = job("0.19.0", &upstream);
+        job.set("ACTIONS_CACHE_MODE", "none");
+        job.set("INPUT_MODE", mode);
+        job.set("SCCACHE_MULTILEVEL_CHAIN", chain);
+        let setup = job.setup().green();
+        setup.warns_never();
+        let notices = setup.stdout.matches("::notice").count();
+        assert_eq!(notices, 1, "{}", setup.stdout);
+        setup.prints(words);
+        job.shell(BUILD).green();
+        remove_objects(&job);
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        report.warns_never();
+        assert_says(&report, "6 hits, 6 misses, 0 errors");
+        job.server_ends();
+    }
+    assert_eq!(upstream.counts().requests(), 0);
+}
+
+#[test]
+fn a_job_that_may_only_write_takes_nothing_and_hides_nothing_of_what_others_stored() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.19.0", &upstream)), COLD);
+    let before = upstream.counts();
+    let mut write_only = job("0.19.0", &upstream);
+    write_only.set("ACTIONS_CACHE_MODE", "write-only");
+    write_source(&write_only, 1, "7");
+    let report = run(&write_only);
+    assert_says(&report, COLD);
+    report.warns_never();
+    let asked = upstream.counts().since(&before);
+    assert_eq!((asked.lookups, asked.downloads), (0, 0));
+    assert_eq!(asked.commits, 1);
+    // The next job has its objects, and those that were there before it.
+    for number in ["7", "1"] {
+        let next = job("0.19.0", &upstream);
+        write_source(&next, 1, number);
+        assert_says(&run(&next), WARM);
+    }
+    // An entry stored after it is in the row again, and has its content.
+    let later = job("0.19.0", &upstream);
+    write_source(&later, 1, "8");
+    assert_says(&run(&later), "5 hits, 1 miss, 0 errors");
+    let last = job("0.19.0", &upstream);
+    write_source(&last, 1, "7");
+    assert_says(&run(&last), WARM);
+}
+
+#[test]
+fn a_job_that_may_only_write_takes_no_object_out_of_the_cache_in_mode_direct() {
+    let upstream = Upstream::start(Options::default());
+    for mode in ["write", "write-only"] {
+        let mut job = job("0.19.0", &upstream);
+        job.set("INPUT_MODE", "direct");
+        job.set("ACTIONS_CACHE_MODE", mode);
+        job.setup().green();
+        job.shell(BUILD).green();
+        let report = job.report().green();
+        report.prints("0 hits");
+        job.server_ends();
+    }
+}
+
+/// A client of the upstream that sees the relays' entries. Content may trickle for `slow`.
+fn client(upstream: &Upstream, slow: Duration) -> CacheClient {
+    let version = hex::encode(Sha256::digest("sccache-action packs 3"));
+    let environment = Environment::from_iter([
+        ("ACTIONS_RESULTS_URL", &*upstream.url),
+        ("ACTIONS_RUNTIME_TOKEN", &*upstream.token),
+        ("GITHUB_SERVER_URL", "https://github.com"),
+    ]);
+    let endpoint = Endpoint::of(&environment).unwrap();
+    let timeouts = Timeouts {
+        slow,
+        ..Timeouts::default()
+    };
+    CacheClient::new(endpoint, &version, timeouts).unwrap()
+}
+
+/// The chain of the default branch.
+fn chain() -> EntryKeys {
+    let runner = Platform::current().runner();
+    EntryKeys::new("default", &runner, "refs/heads/main")
+}
+
+/// Stores an entry of the default branch's chain under this number, as an attacker may who can
+/// write to the cache.
+fn store_entry(upstream: &Upstream, number: &str) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let key = chain().key(0).replace("00000000", number);
+    let client = client(upstream, Timeouts::default().slow);
+    let content = Bytes::from(pack::encode_head(&Index::default(), None).unwrap().bytes);
+    let size = content.len() as u64;
+    runtime.block_on(async {
+        let Reservation::Granted(upload) = client.reserve(&key, None).await.unwrap() else {
+            panic!("{key} is taken");
+        };
+        let body = futures_util::stream::iter([Ok(content)]);
+        client.upload(&upload, size, body).await.unwrap();
+        client.commit(upload, size).await.unwrap();
+    });
+}
+
+#[test]
+fn an_index_that_trickles_is_given_up_and_the_next_entry_names_it() {
+    let upstream = Upstream::start(Options::default());
+    store_entry(&upstream, "00000001");
+    let every = Duration::from_millis(50);
+    upstream.set_fault(Some(Fault::Trickle { every }));
+    let client = client(&upstream, Duration::from_millis(300));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut known = ChainState::new(chain());
+        let error = known.refresh(&client, 7).await.unwrap_err().to_string();
+        assert!(error.contains("too slow"), "{error}");
+        let (key, _) = known.reserve(&client, 7).await.unwrap();
+        assert_eq!(key, chain().key(2));
+        let named: Vec<String> = known.unmerged().into_keys().collect();
+        assert_eq!(named, [chain().key(1)]);
+    });
+}
+
+#[test]
+fn how_old_objects_are_is_told_by_the_services_clock() {
+    const WEEK_AND_A_DAY: Duration = Duration::from_secs(8 * 24 * 60 * 60);
+    for (later, expected) in [(WEEK_AND_A_DAY, WARM), (Duration::ZERO, COLD)] {
+        let upstream = Upstream::start(Options::default());
+        upstream.set_clock_behind(WEEK_AND_A_DAY);
+        assert_says(&run(&job("0.19.0", &upstream)), COLD);
+        // By this machine's clock no time passes.
+        upstream.set_clock_behind(later);
+        let other = job("0.19.0", &upstream);
+        (1..=FILES).for_each(|i| write_source(&other, i, &format!("9{i}")));
+        assert_says(&run(&other), COLD);
+        assert_says(&run(&job("0.19.0", &upstream)), expected);
+    }
+}
+
+#[test]
+fn a_relay_at_its_end_does_not_wait_for_a_client_that_holds_half_a_request() {
+    let upstream = Upstream::start(Options::default());
+    let job = job("0.19.0", &upstream);
+    job.setup().green();
+    let port = job
+        .entries("GITHUB_STATE")
+        .get("relay-port")
+        .unwrap()
+        .to_owned();
+    let mut half = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+    half.write_all(b"GET /_apis/artifactcache/cache HTTP/1.1\r\nhost")
+        .unwrap();
+    let relays = job.relays();
+    assert_eq!(relays.len(), 1);
+    job.report().green();
+    let begin = Instant::now();
+    while !job.relays().is_empty() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{relays:?}");
+        std::thread::yield_now();
+    }
+    drop(half);
+}
+
+#[test]
+fn entries_with_numbers_at_their_end_cost_no_look_ups_and_keep_nobody_from_saving() {
+    let upstream = Upstream::start(Options::default());
+    assert_says(&run(&job("0.19.0", &upstream)), COLD);
+    // All that a number can be; one behind the row's; the row's last; none.
+    let numbers = ["18446744073709551615", "99999999", "09999999", "x"];
+    for (number, value) in numbers.into_iter().zip(["71", "72", "73", "74"]) {
+        store_entry(&upstream, number);
+        let before = upstream.counts();
+        let next = job("0.19.0", &upstream);
+        write_source(&next, 1, value);
+        run(&next);
+        let asked = upstream.counts().since(&before);
+        assert!(asked.lookups < 20, "{number}: {asked:?}");
+        assert_eq!(asked.commits, 1, "{number}: {asked:?}");
+        let again = job("0.19.0", &upstream);
+        write_source(&again, 1, value);
+        assert_says(&run(&again), WARM);
+    }
 }
 
 #[test]
@@ -601,11 +860,11 @@ fn a_full_disk_leaves_the_build_green() {
 
 #[test]
 fn below_a_floor_of_free_space_nothing_more_is_kept_and_the_build_is_green() {
-    build_on_a_small_disk("", 50 << 20, "true", "nothing more is kept below 1.0 GB");
+    build_on_a_small_disk("", 50 << 20, "true", "the relay keeps nothing below 1.0 GB");
 }
 
-/// A job whose disk has `room` bytes beside the action's binary, with a floor of so many free bytes (or
-/// the one that there is without), after what `fill` writes.
+/// A job whose disk has `room` bytes beside the action's binary, with a floor of free bytes
+/// (without one, the default), after `fill` has written.
 fn build_on_a_small_disk(floor: &str, room: u64, fill: &str, told: &str) {
     let may_mount = Command::new("unshare").args(["--mount", "true"]).status();
     if !may_mount.is_ok_and(|status| status.success()) {
@@ -616,7 +875,7 @@ fn build_on_a_small_disk(floor: &str, room: u64, fill: &str, told: &str) {
     let mut job = job("0.10.0", &upstream);
     job.set("SCCACHE_ACTION_FREE_FLOOR", floor);
     for i in 1..=FILES {
-        // Larger than what is left of a page.
+        // Larger than the rest of a page.
         let numbers: Vec<String> = (0..20_000u64)
             .map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (8 + i)).to_string())
             .collect();
@@ -638,13 +897,69 @@ fn build_on_a_small_disk(floor: &str, room: u64, fill: &str, told: &str) {
     let command = ["unshare", "--mount", "sh", "-e", "-c", &script];
     let step = job.action_step(false, &command).green();
     assert_eq!(objects(&job), FILES, "{}{}", step.stdout, step.stderr);
-    assert!(step.stdout.contains("mode packed"), "{}", step.stdout);
+    step.prints("mode packed");
     let relay = job.relay_pid().unwrap().to_string();
     let report = ["nsenter", "--mount", "--target", &relay, binary(), "report"];
     let report = job.action_step(true, &report).green();
-    let warnings = report.warnings();
-    assert_eq!(warnings.len(), 1, "{}", report.stdout);
-    assert!(warnings[0].contains(told), "{warnings:?}");
+    report.warns_once(told);
+}
+
+/// How many bytes wait in the relay's files to be saved.
+fn unsaved_bytes(job: &Job) -> u64 {
+    let files = all_files(Path::new(job.get("RUNNER_TEMP")));
+    let is_new = |file: &&std::path::PathBuf| {
+        let name = file.file_name().unwrap().to_string_lossy();
+        name.starts_with("new")
+    };
+    let files = files.iter().filter(is_new);
+    files
+        .map(|file| fs::metadata(file).map_or(0, |file| file.len()))
+        .sum()
+}
+
+#[test]
+fn what_is_saved_lies_once_on_the_disk_and_is_fetched_where_sccaches_disk_has_lost_it() {
+    let upstream = Upstream::start(Options::default());
+    // If no pack has an object yet, sccache is not sent to the relay.
+    run(&job("0.16.0", &upstream));
+    let commits = upstream.counts().commits;
+    let mut job = job("0.16.0", &upstream);
+    job.set("SCCACHE_ACTION_FLUSH_SECONDS", "0");
+    // 16 MiB that cannot be compressed to less than 8.
+    let mut number = 1u64;
+    let mut source = "const char text[] =\n".to_owned();
+    for _ in 0..(16 << 20) / 64 {
+        source.push('"');
+        for _ in 0..64 {
+            number = number
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            source.push(char::from(b'0' + u8::try_from(number >> 58).unwrap() % 43));
+        }
+        source.push_str("\"\n");
+    }
+    source.push_str(";\n");
+    source.retain(|character| character != '?');
+    fs::write(job.path("workspace/big.c"), source).unwrap();
+    job.setup().green();
+    job.shell("sccache gcc -c big.c -o 1.o").green();
+    wait_until("its bytes are let go", || {
+        upstream.counts().commits > commits && unsaved_bytes(&job) < 1 << 20
+    });
+    let disk_tier = all_files(&disk_tier(&job));
+    let large = disk_tier
+        .iter()
+        .filter(|file| fs::metadata(file).unwrap().len() > 8 << 20);
+    let large: Vec<_> = large.collect();
+    assert_eq!(large.len(), 1, "{disk_tier:?}");
+    fs::remove_file(large[0]).unwrap();
+    job.shell("sccache gcc -c big.c -o 2.o").green();
+    let [first, second] =
+        ["1.o", "2.o"].map(|name| fs::read(job.path("workspace").join(name)).unwrap());
+    assert!(first == second);
+    let report = job.report().green();
+    assert_says(&report, "50.0 % of 2 compiles");
+    report.warns_never();
 }
 
 #[test]
@@ -709,11 +1024,11 @@ fn nobody_without_its_tokens_gets_anything_from_the_relay() {
     let url = format!("http://127.0.0.1:{}", state.get("relay-port").unwrap());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let client = http_client::builder(Duration::from_secs(5));
+        let client = http::builder(Duration::from_secs(5));
         let client = client.no_proxy().build().unwrap();
         let paths = [
             "relay/finish",
-            "relay/hydrate",
+            "relay/prefill",
             "relay/server",
             "relay/activity",
         ];

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::upstream::{Counts, DEFAULT_BRANCH, Fault, Options, Upstream};
 use reqwest::{Client, Response, StatusCode};
-use sccache_action::action::environment::Environment;
-use sccache_action::action::scopes::token_is_read_only;
-use sccache_action::http_client::{self, Timeouts};
+use sccache_action::http::{self, Timeouts};
+use sccache_action::runner::environment::Environment;
+use sccache_action::runner::scopes::Permission;
 use serde_json::{Value, json};
 
 const V2: &str = "twirp/github.actions.results.api.v1.CacheService";
@@ -25,7 +25,7 @@ impl Job {
 
     fn with_token(upstream: &Upstream, token: String) -> Self {
         Self {
-            client: http_client::build(Timeouts::default()).unwrap(),
+            client: http::build(Timeouts::default()).unwrap(),
             url: upstream.url.clone(),
             token,
         }
@@ -275,7 +275,7 @@ async fn a_pull_request_reads_the_default_branch_and_writes_its_own() {
     assert!(message.starts_with("cache write denied:"), "{message}");
     for (job, expected) in [(&main, false), (&pull, false), (&fork, true)] {
         let environment = Environment::from_iter([("ACTIONS_RUNTIME_TOKEN", &*job.token)]);
-        assert_eq!(token_is_read_only(&environment), expected);
+        assert_eq!(Permission::of(&environment, None).write, !expected);
     }
 }
 

@@ -7,11 +7,11 @@ use std::process::{Command, Stdio};
 
 use crate::support::registry::Registry;
 use crate::support::upstream::{Options, Upstream};
-use sccache_action::action::environment::Environment;
-use sccache_action::action::runner_files::read_entries;
+use sccache_action::runner::environment::Environment;
+use sccache_action::runner::files::read_entries;
 use tempfile::TempDir;
 
-/// What `tests/platforms` says.
+/// The content of `tests/platforms`.
 fn given(name: &str) -> String {
     std::env::var(format!("SCCACHE_ACTION_WINDOWS_{name}"))
         .unwrap_or_else(|_| panic!("tests/platforms runs this test"))
@@ -50,7 +50,7 @@ fn manifest(name: &str, rest: &str) -> String {
 impl Runner {
     fn new() -> Self {
         let registry = Registry::start();
-        // A build script that goes by a folder, and makes what is compiled.
+        // A build script that depends on a folder, and generates sources.
         let script = r#"
             fn main() {
                 println!("cargo:rerun-if-changed=data");
@@ -167,7 +167,7 @@ impl Job {
 
     /// Runs one program of Windows to its end, and gives what it printed. It must succeed.
     ///
-    /// It prints into a file: what wine starts beside it may hold a pipe for ever.
+    /// It prints into a file: processes that wine starts beside it may hold a pipe for ever.
     #[track_caller]
     fn step(&self, environment: &Environment, command: &[&str]) -> String {
         let path = self.folder.join("printed");

@@ -74,7 +74,7 @@ pub async fn keys_are_tried_in_their_order(target: &Target) {
         cache.save(key, "").await;
     }
     for (keys, found) in [
-        // What begins with an earlier key comes before what is a later one exactly.
+        // A key that begins with an earlier key wins over an exact match of a later one.
         (&["a", "b"][..], "a-1"),
         (&["b", "a"], "b"),
         (&["x", "b-", "a"], "b-1"),

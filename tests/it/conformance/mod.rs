@@ -24,7 +24,7 @@ use futures_util::{FutureExt, StreamExt, stream};
 
 pub use self::target::{Target, Who};
 
-/// Numbers of the behaviours to check, where not all are wanted: `B5 B7`.
+/// Numbers of the behaviours to check, if not all: `B5 B7`.
 const ONLY: &str = "SCCACHE_ACTION_CONFORMANCE_ONLY";
 
 /// How many are checked at once: real clients spend their time waiting for each other.
@@ -35,7 +35,7 @@ pub struct Behaviour {
     pub number: &'static str,
     /// The check's module and name, as the documentation has it.
     pub test: &'static str,
-    /// Whose tokens it needs besides the default branch's.
+    /// The tokens that it needs besides the default branch's.
     needs: &'static [Who],
     check: fn(&Target) -> LocalBoxFuture<'_, ()>,
 }
@@ -124,8 +124,9 @@ behaviours! {
     B59 sccache::only_reads_where_it_may_not_write needs ReadOnly;
 }
 
-/// Checks all behaviours, and fails with a list of those that `target` does not have. What is
-/// skipped for want of a token is said on standard error, whatever the test runner captures.
+/// Checks all behaviours, and fails with a list of those that `target` does not have. Behaviours
+/// that are skipped without a token are named on standard error, even if the test runner captures
+/// output.
 pub async fn run_all(target: &Target) {
     run(target, |_| true).await;
 }
@@ -165,7 +166,7 @@ async fn run(target: &Target, chosen: impl Fn(&Behaviour) -> bool) {
 /// Why `target` fails the check, if it does.
 async fn check(behaviour: &Behaviour, target: &Target) -> Option<String> {
     let Behaviour { number, test, .. } = behaviour;
-    // What a macro prints would be captured.
+    // The test runner would capture a macro's output.
     let mut output = io::stderr();
     let mut say = |what: String| writeln!(output, "{number} {test}: {what}").unwrap();
     if let Some(who) = behaviour.needs.iter().find(|who| !target.has(**who)) {

@@ -59,7 +59,7 @@ impl Drop for Server {
     }
 }
 
-/// The compiler itself: what is on `PATH` may be rustup's stand-in, which wants a home.
+/// The compiler itself: the one on `PATH` may be rustup's proxy, which needs a home.
 fn rustc() -> String {
     let output = std::process::Command::new("rustc")
         .args(["--print", "sysroot"])
@@ -73,7 +73,7 @@ struct Project<'a> {
     target: &'a Target,
     version: &'a str,
     environment: &'a [(&'a str, &'a str)],
-    /// What sets its entries apart from other projects'.
+    /// The part that keeps its entries apart from other projects'.
     name: String,
     folder: TempDir,
 }
@@ -99,9 +99,25 @@ impl<'a> Project<'a> {
         }
     }
 
-    /// Builds with a server of the job's own, which must find all or nothing and store what it did
-    /// not find.
-    async fn build(&self, who: Who, is_warm: bool) {
+    /// Starts a server of the job's own. Another process may take its port first, so there are several
+    /// attempts.
+    async fn start_server(&self, who: Who) -> Server {
+        for _ in 0..3 {
+            let server = self.server(who);
+            let output = server.call(&["--start-server"]).await;
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            if !stderr.contains("Address in use") && !stderr.contains("Address already in use") {
+                assert!(output.status.success(), "{stderr}");
+                return server;
+            }
+            // Its end would stop the other one's.
+            std::mem::forget(server);
+        }
+        panic!("no port is free");
+    }
+
+    /// A server that does not run yet, with a port of its own.
+    fn server(&self, who: Who) -> Server {
         let folder = self.folder.path();
         let port = sccache_action::sccache::server::free_port().unwrap();
         let is_v2 = self.environment.contains(&V2);
@@ -126,14 +142,19 @@ impl<'a> Project<'a> {
             .iter()
             .map(|(name, value)| (*name, (*value).to_owned()));
         let environment = own.into_iter().chain(given);
-        let server = Server {
+        Server {
             binary: tools::sccache(self.version),
             folder: folder.to_owned(),
             environment: environment
                 .map(|(name, value)| (name.to_owned(), value))
                 .collect(),
-        };
-        server.succeed(&["--start-server"]).await;
+        }
+    }
+
+    /// Builds with a server of the job's own, which must find all or nothing and store what it did
+    /// not find.
+    async fn build(&self, who: Who, is_warm: bool) {
+        let server = self.start_server(who).await;
         for i in 0..C_FILES {
             let file = i.to_string();
             server
@@ -176,7 +197,7 @@ impl<'a> Project<'a> {
         }
     }
 
-    /// Asserts that sccache named its entries as it does in the protocol that was meant.
+    /// Asserts that sccache named its entries as it does in the expected protocol.
     async fn spoke(&self) {
         let mut cache = self.target.cache();
         cache.version = format!("sccache-v{}-{}", self.version, self.name);

@@ -1,4 +1,4 @@
-//! What refs see of each other, and what a token allows.
+//! The visibility of entries between refs, and the rights of tokens.
 
 use reqwest::Method;
 use serde_json::json;

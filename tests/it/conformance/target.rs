@@ -6,33 +6,34 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use reqwest::header::HeaderMap;
 use reqwest::{Body, Client, Method, RequestBuilder};
-use sccache_action::http_client::{self, Timeouts};
-use sccache_action::service::auth::{Access, BearerToken, Tokens};
-use sccache_action::service::store::Scope;
-use sccache_action::service::temporary::TemporaryService;
-use sccache_action::service::{self, Config, Running};
+use sccache_action::cache_protocol::auth::{Access, Tokens};
+use sccache_action::cache_protocol::store::Scope;
+use sccache_action::cache_protocol::temporary::TemporaryService;
+use sccache_action::http::BearerToken;
+use sccache_action::http::{self, Timeouts};
+use sccache_action::serve::server::{self, RunningServer, ServerConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// Where the service is, if it is not to be one in this process: one URL, or those of several
+/// The address of the service, if it is not one in this process: one URL, or those of several
 /// replicas with spaces between.
 const URL: &str = "SCCACHE_ACTION_CONFORMANCE_URL";
 
-/// Where version 2 is below a service's URL.
+/// The path of version 2 below a service's URL.
 pub const V2: &str = "twirp/github.actions.results.api.v1.CacheService";
-/// Where version 1 is below a service's URL.
+/// The path of version 1 below a service's URL.
 pub const V1: &str = "_apis/artifactcache";
 
-/// Whose token a request has.
+/// The token of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Who {
     /// The default branch's.
     Default,
-    /// That of a branch which reads the default branch besides itself.
+    /// The token of a branch, which also reads the default branch.
     Base,
-    /// That of a pull request which reads that branch and the default branch besides itself.
+    /// The token of a pull request, which also reads that branch and the default branch.
     PullRequest,
-    /// One that reads the default branch and writes nothing.
+    /// A token that reads the default branch and writes nothing.
     ReadOnly,
 }
 
@@ -81,17 +82,17 @@ pub struct Target {
     urls: Vec<String>,
     tokens: HashMap<Who, String>,
     client: Client,
-    /// What no other run has in its keys and versions.
+    /// A text in keys and versions that no other run has.
     run: String,
     count: AtomicUsize,
-    /// The service, where it is in this process.
+    /// The service, if it is in this process.
     _own: Option<(Own, tempfile::TempDir)>,
 }
 
 /// A service in this process, which ends when it is dropped.
 #[allow(dead_code, reason = "only its end matters")]
 enum Own {
-    Alone(Running),
+    Alone(RunningServer),
     Temporary(TemporaryService),
 }
 
@@ -101,7 +102,7 @@ impl Target {
         Self {
             urls,
             tokens,
-            client: http_client::build(Timeouts::default()).unwrap(),
+            client: http::build(Timeouts::default()).unwrap(),
             run: BearerToken::random().unwrap().reveal()[..12].to_owned(),
             count: AtomicUsize::new(0),
             _own: None,
@@ -124,8 +125,8 @@ impl Target {
     async fn in_process() -> Self {
         let (tokens, known) = everybody();
         let folder = tempfile::tempdir().unwrap();
-        let config = Config::on_loopback(folder.path(), known);
-        let running = service::start(config).await.unwrap();
+        let config = ServerConfig::on_loopback(folder.path(), known);
+        let running = server::start(config).await.unwrap();
         let mut target = Self::new(vec![running.url()], tokens);
         target._own = Some((Own::Alone(running), folder));
         target
@@ -163,7 +164,7 @@ impl Target {
         )
     }
 
-    /// A cache that nobody has written to, for the default branch.
+    /// An empty cache, for the default branch.
     pub fn cache(&self) -> Cache<'_> {
         Cache {
             target: self,
@@ -198,7 +199,7 @@ impl Target {
     }
 
     /// Put Block.
-    pub async fn put_block(&self, url: &str, name: &str, content: &'static str) -> Answer {
+    pub async fn put_block(&self, url: &str, name: &str, content: impl Into<Body>) -> Answer {
         let name: String = url::form_urlencoded::byte_serialize(name.as_bytes()).collect();
         let url = format!("{url}&comp=block&blockid={name}");
         send(self.content(Method::PUT, &url).body(content)).await
@@ -211,7 +212,7 @@ impl Target {
     }
 }
 
-/// What was answered.
+/// An answer.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -241,13 +242,13 @@ impl Answer {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The header's value, empty where there is none.
+    /// The header's value, empty if there is none.
     pub fn header(&self, name: &str) -> &str {
         let value = self.headers.get(name);
         value.map_or("", |value| value.to_str().unwrap())
     }
 
-    /// The body, or null where it is no JSON.
+    /// The body, or null if it is no JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
@@ -330,7 +331,7 @@ impl<'a> Cache<'a> {
         self.call("GetCacheEntryDownloadURL", body).await
     }
 
-    /// The key that is found and where its content is. Both protocols must say the same.
+    /// The key that is found and the address of its content. Both protocols must say the same.
     pub async fn find(&self, keys: &[&str]) -> Option<(String, String)> {
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let two = self.look_up(keys).await.expect(200).json();
@@ -350,7 +351,7 @@ impl<'a> Cache<'a> {
         self.find(keys).await.map(|(key, _)| key)
     }
 
-    /// Where the content of the entry with this key is.
+    /// The address of the content of the entry with this key.
     pub async fn locate(&self, key: &str) -> String {
         let (found, url) = self.find(&[key]).await.unwrap();
         assert_eq!(found, key);

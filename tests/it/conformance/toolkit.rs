@@ -10,12 +10,12 @@ use tokio::process::Command;
 use super::target::{Target, Who, noise};
 use crate::support::tools;
 
-/// What tells the toolkit which protocol to speak.
+/// The variables that tell the toolkit which protocol to speak.
 type Protocol = &'static [(&'static str, &'static str)];
 
 const VERSION_2: Protocol = &[("ACTIONS_CACHE_SERVICE_V2", "1")];
 const VERSION_1: Protocol = &[];
-/// Version 1, whatever else is said.
+/// Version 1, whatever the other variables are.
 const GHES: Protocol = &[
     ("ACTIONS_CACHE_SERVICE_V2", "1"),
     ("GITHUB_SERVER_URL", "https://ghes.example"),
@@ -57,7 +57,7 @@ impl<'a> Step<'a> {
         let script =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/support/actions_cache.mjs");
         let folder = self.folder.path();
-        // Each protocol has its own variable, so neither can stand in for the other.
+        // Each protocol has its own variable, so neither can replace the other.
         let is_v2 = self.protocol == VERSION_2;
         let url = if is_v2 {
             "ACTIONS_RESULTS_URL"
@@ -76,7 +76,7 @@ impl<'a> Step<'a> {
                 ("GITHUB_WORKSPACE", folder),
             ])
             .env("NO_PROXY", "127.0.0.1")
-            // It says what it does, and lists entries after a miss of version 1.
+            // It logs its steps, and lists entries after a miss of version 1.
             .env("RUNNER_DEBUG", "1")
             .env("AZURE_LOG_LEVEL", "info")
             // A piece of version 1 has one MiB.
@@ -111,7 +111,7 @@ impl<'a> Step<'a> {
         text
     }
 
-    /// What was restored, and the key it was saved under.
+    /// The restored content, and the key of its entry.
     async fn restore(&self, keys: &str) -> Option<(String, Vec<u8>)> {
         let _ = fs::remove_file(self.file());
         let text = self.run(&["restore", keys, "data"]).await;
@@ -120,7 +120,7 @@ impl<'a> Step<'a> {
     }
 }
 
-/// What a call gave, as the script prints it at the end.
+/// The result of a call, from the end of the script's output.
 #[track_caller]
 fn result<'a>(text: &'a str, done: &str) -> &'a str {
     let mut lines = text.lines().rev();

@@ -55,6 +55,8 @@ pub async fn a_piece_must_be_as_long_as_its_range(target: &Target) {
     ] {
         cache.patch(upload, range, "one").await.expect(400);
     }
+    // Nothing of the refused content is there.
+    cache.commit(upload, 3).await.expect(400);
     cache.patch(upload, "bytes 0-2/*", "one").await.expect(204);
     cache.commit(upload, 3).await.expect(204);
     assert_eq!(cache.load("k").await, "one");

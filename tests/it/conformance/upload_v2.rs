@@ -25,7 +25,7 @@ fn list(names: &[&str]) -> String {
 
 pub async fn blocks_are_joined_in_the_order_of_the_list(target: &Target) {
     let cache = target.cache();
-    // As opendal writes it, as `@azure/storage-blob` does, and what Azure takes besides.
+    // The forms of opendal and of `@azure/storage-blob`, and others that Azure accepts.
     let sdk = r#"<?xml version="1.0" encoding="utf-8" standalone="yes"?>"#;
     for (key, xml) in [
         ("opendal", list(&["YQ==", "Yg==", "Yw=="])),
@@ -100,7 +100,15 @@ pub async fn blocks_have_names_of_any_text(target: &Target) {
 
 pub async fn an_upload_url_takes_nothing_else(target: &Target) {
     let url = target.cache().reserve("k").await;
-    for (query, status) in [("", 400), ("&comp=block", 400), ("&comp=metadata", 400)] {
+    let nameless = "&comp=block&blockid=";
+    let with_nul = "&comp=block&blockid=YQ%00%3D";
+    for (query, status) in [
+        ("", 400),
+        ("&comp=block", 400),
+        (nameless, 400),
+        (with_nul, 400),
+        ("&comp=metadata", 400),
+    ] {
         let url = format!("{url}{query}");
         let put = send(target.content(Method::PUT, &url).body("x")).await;
         assert_eq!(put.error(), (status, "InvalidInput".to_owned()), "{query}");

@@ -7,7 +7,7 @@ use crate::support::runner::Job;
 /// How many files.
 pub const FILES: usize = 6;
 
-/// A loop over them through whatever compiles Rust's C code: `sccache` on `PATH`.
+/// A loop that compiles them with the wrapper of Rust's C code: `sccache` on `PATH`.
 pub const BUILD: &str = "for i in 1 2 3 4 5 6; do sccache gcc -c $i.c -o $i.o; done";
 
 /// Writes the files into the job's workspace.
@@ -30,7 +30,7 @@ pub fn objects(job: &Job) -> usize {
         .count()
 }
 
-/// What the file with this number was compiled to.
+/// The object of the file with this number.
 pub fn object(job: &Job, i: usize) -> Vec<u8> {
     fs::read(job.path("workspace").join(format!("{i}.o"))).unwrap()
 }

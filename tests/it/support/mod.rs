@@ -1,6 +1,8 @@
-//! What the tests share: a runner, the simulation of GitHub's cache, servers and projects.
+//! Shared parts of the tests: a runner, the simulation of GitHub's cache, servers and projects.
 
 pub mod c_build;
+#[cfg(unix)]
+pub mod outcome;
 pub mod postgres;
 pub mod registry;
 pub mod release_server;

@@ -45,7 +45,7 @@ fn is_root() -> bool {
 }
 
 impl Postgres {
-    /// The server that tests of this process share, started where none runs.
+    /// The server that tests of this process share; the first one starts it.
     pub fn shared() -> Arc<Self> {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         shared.upgrade().unwrap_or_else(|| {
@@ -77,7 +77,8 @@ impl Postgres {
                 "--no-sync",
                 "--encoding=UTF8",
             ])
-            // Not the byte order of C, in which a service that forgets to ask for it would work.
+            // It has another byte order than C, in which a service that forgets to ask for C would
+            // fail.
             .args([
                 "--locale-provider=icu",
                 "--icu-locale=en",
@@ -129,7 +130,7 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        // What is killed outright leaves its children and shared memory behind.
+        // A server that is killed outright leaves its children and shared memory behind.
         let _ = Command::new("kill")
             .args(["-QUIT", &self.child.id().to_string()])
             .status();

@@ -25,7 +25,7 @@ pub struct Registry {
 
 #[derive(Default)]
 struct Inner {
-    /// What the index says of each name, a line for each version.
+    /// The index's lines for each name, one for each version.
     index: HashMap<String, Vec<String>>,
     /// The archives by `NAME-VERSION`.
     archives: HashMap<String, Bytes>,
@@ -56,7 +56,7 @@ impl Registry {
         }
     }
 
-    /// What a workspace's `.cargo/config.toml` says so that all crates come from here.
+    /// The text of a workspace's `.cargo/config.toml` that makes all crates come from here.
     pub fn config(&self) -> String {
         let port = self.port;
         format!(
@@ -74,7 +74,7 @@ impl Registry {
             let mut header = tar::Header::new_gnu();
             header.set_mode(0o644);
             header.set_size(text.len() as u64);
-            // What cargo gives files in its archives.
+            // The file times in cargo's archives.
             header.set_mtime(1_153_704_088);
             let path = format!("{name}-{version}/{path}");
             builder
@@ -91,8 +91,12 @@ impl Registry {
                 })
             })
             .collect();
+        let manifest = files.iter().find(|(path, _)| *path == "Cargo.toml");
+        let manifest = manifest.map(|(_, text)| toml::from_str::<serde_json::Value>(text).unwrap());
+        let features = manifest.and_then(|manifest| manifest.get("features").cloned());
         let line = json!({
-            "name": name, "vers": version, "deps": needs, "features": {}, "yanked": false,
+            "name": name, "vers": version, "deps": needs, "yanked": false,
+            "features": features.unwrap_or_else(|| json!({})),
             "cksum": hex::encode(Sha256::digest(&archive)),
         });
         self.add(name, version, line.to_string(), archive);
@@ -109,8 +113,8 @@ impl Registry {
         inner.archives.insert(format!("{name}-{version}"), archive);
     }
 
-    /// What was asked for since this was last called, without what says where things are: the names
-    /// of index files, and `NAME-VERSION` of archives.
+    /// The requests since the last call, without configuration: the names of index files, and
+    /// `NAME-VERSION` of archives.
     pub fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.inner.lock().unwrap().asked)
     }
@@ -127,9 +131,10 @@ async fn answer(
     }
     let mut inner = inner.lock().unwrap();
     let name = path.rsplit('/').next().unwrap_or_default().to_owned();
-    let found = match path.starts_with("/index/") {
-        true => inner.index.get(&name).map(|lines| lines.join("\n").into()),
-        false => inner.archives.get(&name).cloned(),
+    let found = if path.starts_with("/index/") {
+        inner.index.get(&name).map(|lines| lines.join("\n").into())
+    } else {
+        inner.archives.get(&name).cloned()
     };
     inner.asked.push(name);
     match found {

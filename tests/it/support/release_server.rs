@@ -5,6 +5,7 @@ use std::future::IntoFuture;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -18,19 +19,21 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use url::Url;
 
-/// What the server answers.
+/// An answer of the server.
 #[derive(Clone)]
 pub enum Answer {
     /// This content.
     Content(Bytes),
-    /// This status, with a `Retry-After` of so many seconds.
+    /// This status, with a `Retry-After` of this many seconds.
     Status(StatusCode, Option<u64>),
     /// The first bytes of this content, whose whole length is promised; then the end.
     CutOff(Bytes, usize),
-    /// Headers that promise so many bytes, and never a byte.
+    /// Headers that promise this many bytes, and never a byte.
     Promise(u64),
     /// A redirect.
     Redirect(String),
+    /// Headers that promise this many bytes, and a byte from time to time.
+    Trickle(u64, Duration),
     /// Nothing, for ever.
     Silence,
 }
@@ -46,7 +49,7 @@ pub struct Asked {
 
 #[derive(Default)]
 struct Inner {
-    /// What each path answers, one after the other; the last one stays.
+    /// The answers of each path, in order; the last one stays.
     answers: HashMap<String, Vec<Answer>>,
     asked: Vec<Asked>,
 }
@@ -72,12 +75,12 @@ impl ReleaseServer {
         }
     }
 
-    /// Where its assets lie.
+    /// The base URL of its assets.
     pub fn releases_url(&self) -> Url {
         format!("{}/download", self.url).parse().unwrap()
     }
 
-    /// What `path` answers, one after the other; the last one stays.
+    /// The answers of `path`, in order; the last one stays.
     pub fn answer(&self, path: &str, answers: impl Into<Vec<Answer>>) {
         let mut inner = self.inner.lock().unwrap();
         inner.answers.insert(path.to_owned(), answers.into());
@@ -143,6 +146,14 @@ async fn answer(State(inner): State<Arc<Mutex<Inner>>>, request: Request) -> Res
             let nothing = futures_util::stream::pending::<Result<Bytes, std::io::Error>>();
             (promised, Body::from_stream(nothing)).into_response()
         }
+        Some(Answer::Trickle(length, every)) => {
+            let promised = [("content-length", length.to_string())];
+            let bytes = futures_util::stream::unfold((), move |()| async move {
+                tokio::time::sleep(every).await;
+                Some((Ok::<_, std::io::Error>(Bytes::from_static(b"x")), ()))
+            });
+            (promised, Body::from_stream(bytes)).into_response()
+        }
         Some(Answer::Redirect(to)) => (StatusCode::FOUND, [("location", to)]).into_response(),
         Some(Answer::Silence) => std::future::pending().await,
     }
@@ -193,7 +204,7 @@ pub fn archive_with(version: &str, path: &Path) -> Bytes {
     archive_of(version, &std::fs::read(path).unwrap())
 }
 
-/// An archive of members with their paths as they are, links where there is a target.
+/// An archive of members with their paths as they are; members with a target are links.
 pub fn archive(members: &[(&str, &[u8], Option<&str>)]) -> Bytes {
     let mut builder = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
     for (path, content, link) in members {
@@ -203,7 +214,7 @@ pub fn archive(members: &[(&str, &[u8], Option<&str>)]) -> Bytes {
             header.set_entry_type(tar::EntryType::Symlink);
             header.set_link_name(target).unwrap();
         }
-        // `set_path` would refuse what is to be refused.
+        // `set_path` refuses the paths that this test needs.
         let name = &mut header.as_gnu_mut().unwrap().name;
         name.as_mut_slice().write_all(path.as_bytes()).unwrap();
         header.set_size(content.len() as u64);

@@ -8,11 +8,11 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use sccache_action::action::environment::Environment;
-use sccache_action::action::runner_files::read_entries;
+use sccache_action::runner::environment::Environment;
+use sccache_action::runner::files::read_entries;
 use tempfile::TempDir;
 
-/// The binary under test, where it is not the one that cargo built for it.
+/// The binary under test, if it is not the one that cargo built for it.
 pub static OTHER_BINARY: OnceLock<String> = OnceLock::new();
 
 /// The binary under test.
@@ -21,11 +21,11 @@ pub fn binary() -> &'static str {
     other.unwrap_or(env!("CARGO_BIN_EXE_sccache-action"))
 }
 
-/// One job of a runner. What it started is stopped when it is dropped.
+/// One job of a runner. Its processes are stopped when it is dropped.
 pub struct Job {
     folder: PathBuf,
     environment: Environment,
-    /// What removes the folder, where it is the job's own.
+    /// Removes the folder, if it is the job's own.
     _temporary: Option<TempDir>,
 }
 
@@ -39,11 +39,11 @@ const FILES: [&str; 5] = [
 
 /// The output of a step.
 pub struct Step {
-    /// Its exit status; `None` where a signal ended it.
+    /// Its exit status; `None` if a signal ended it.
     pub status: Option<i32>,
-    /// What it printed.
+    /// Its standard output.
     pub stdout: String,
-    /// What it printed as errors.
+    /// Its standard error.
     pub stderr: String,
 }
 
@@ -68,6 +68,19 @@ fn command(line: &str) -> Option<&str> {
     command.split(' ').next()
 }
 
+/// Fails if this output has workflow commands that the action does not need.
+#[track_caller]
+pub fn assert_no_foreign_command(output: &str) {
+    const OWN: [&str; 7] = [
+        "add-mask", "debug", "endgroup", "error", "group", "notice", "warning",
+    ];
+    for line in output.split(['\n', '\r']) {
+        if let Some(command) = command(line) {
+            assert!(OWN.contains(&command), "{line}");
+        }
+    }
+}
+
 impl Step {
     /// This step, which must have succeeded.
     #[track_caller]
@@ -79,18 +92,9 @@ impl Step {
     /// This step, whose output gives the runner no commands but those that the action has reason to
     /// give.
     #[track_caller]
-    fn with_no_foreign_command(self) -> Self {
-        const OWN: [&str; 7] = [
-            "add-mask", "debug", "endgroup", "error", "group", "notice", "warning",
-        ];
-        for line in [&self.stdout, &self.stderr]
-            .into_iter()
-            .flat_map(|text| text.split(['\n', '\r']))
-        {
-            if let Some(command) = command(line) {
-                assert!(OWN.contains(&command), "{line}");
-            }
-        }
+    pub fn with_no_foreign_command(self) -> Self {
+        assert_no_foreign_command(&self.stdout);
+        assert_no_foreign_command(&self.stderr);
         self
     }
 
@@ -98,6 +102,33 @@ impl Step {
     pub fn warnings(&self) -> Vec<&str> {
         let lines = self.stdout.lines();
         lines.filter(|line| line.starts_with("::warning")).collect()
+    }
+
+    /// Asserts that it warned once, and what of.
+    #[track_caller]
+    #[allow(dead_code, reason = "benches have no use for it")]
+    pub fn warns_once(&self, of: &str) -> &Self {
+        let warnings = self.warnings();
+        assert_eq!(warnings.len(), 1, "{}", self.stdout);
+        assert!(warnings[0].contains(of), "{warnings:?}");
+        self
+    }
+
+    /// Asserts that it warned of nothing.
+    #[track_caller]
+    #[allow(dead_code, reason = "benches have no use for it")]
+    pub fn warns_never(&self) -> &Self {
+        let warnings = self.warnings();
+        assert!(warnings.is_empty(), "{warnings:?}\n{}", self.stdout);
+        self
+    }
+
+    /// Asserts that it printed this text.
+    #[track_caller]
+    #[allow(dead_code, reason = "benches have no use for it")]
+    pub fn prints(&self, text: &str) -> &Self {
+        assert!(self.stdout.contains(text), "{}", self.stdout);
+        self
     }
 
     /// The errors among the workflow commands.
@@ -131,7 +162,7 @@ impl Job {
             environment: Environment::default(),
             _temporary: None,
         };
-        // What the machine's own environment may say of sccache must not reach the test.
+        // The machine's own variables for sccache must not reach the test.
         for name in [
             "HOME",
             "PATH",
@@ -200,7 +231,7 @@ impl Job {
         self.set("ACTIONS_RUNTIME_TOKEN", token);
     }
 
-    /// What a step has written to one of the runner's files.
+    /// The text that a step has written to one of the runner's files.
     pub fn file(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap()
     }
@@ -261,20 +292,26 @@ impl Job {
 
     fn run(&self, environment: &Environment, command: &[impl AsRef<OsStr>]) -> Step {
         let (program, arguments) = command.split_first().unwrap();
-        Command::new(program)
+        let step: Step = Command::new(program)
             .args(arguments)
             .env_clear()
             .envs(environment.iter())
             .current_dir(self.path("workspace"))
             .output()
             .unwrap()
-            .into()
+            .into();
+        // The compiler's output is the build's own.
+        let own = [OsStr::new(binary()), OsStr::new("node")];
+        if own.contains(&program.as_ref()) {
+            step.with_no_foreign_command()
+        } else {
+            step
+        }
     }
 
     /// The action's main step.
     pub fn setup(&self) -> Step {
         self.run(&self.environment, &[binary(), "setup"])
-            .with_no_foreign_command()
     }
 
     /// A step that is not the action's.
@@ -290,19 +327,34 @@ impl Job {
     /// The action's post step.
     pub fn report(&self) -> Step {
         self.run(&self.post_environment(), &[binary(), "report"])
-            .with_no_foreign_command()
+    }
+
+    /// Runs the real `@actions/cache` as a step of the job. Gives what it printed.
+    #[allow(dead_code, reason = "tests have a step of their own for it")]
+    pub fn toolkit(&self, post: bool, arguments: &[&str]) -> String {
+        let script = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/it/support/actions_cache.mjs"
+        );
+        let modules = super::tools::actions_cache(super::tools::ACTIONS_CACHE)
+            .display()
+            .to_string();
+        let command = [&["node", script, &modules], arguments].concat();
+        let step = self.action_step(post, &command).green();
+        format!("{}{}", step.stdout, step.stderr)
     }
 
     /// Runs any command with the environment of the action's main step or post step.
     pub fn action_step(&self, post: bool, command: &[impl AsRef<OsStr>]) -> Step {
-        let environment = match post {
-            true => self.post_environment(),
-            false => self.environment.clone(),
+        let environment = if post {
+            self.post_environment()
+        } else {
+            self.environment.clone()
         };
         self.run(&environment, command)
     }
 
-    /// Waits until sccache's port is served no more: a server that was stopped answers first and
+    /// Waits until nothing listens on sccache's port: a server that was stopped answers first and
     /// ends then.
     #[track_caller]
     pub fn server_ends(&self) {
@@ -360,7 +412,7 @@ pub fn all_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Waits until this port is served no more.
+/// Waits until nothing listens on this port.
 #[track_caller]
 pub fn port_is_left(port: &str) {
     let port = port.parse().unwrap();

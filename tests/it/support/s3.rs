@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sccache_action::service::blobs::{Bucket, Credentials, Location};
+use sccache_action::serve::blob_store::{Bucket, Credentials, Location};
 use tempfile::TempDir;
 
 /// Its credentials, which it checks.
@@ -40,7 +40,7 @@ impl S3 {
                 begun.elapsed() < Duration::from_secs(20),
                 "s3s-fs did not start"
             );
-            // It says nothing when it is ready.
+            // It prints nothing when it is ready.
             std::thread::sleep(Duration::from_millis(10));
         }
         Self {

@@ -1,4 +1,4 @@
-//! The cache service as a process of its own: `sccache-action serve`.
+//! The cache service as its own process: `sccache-action serve`.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -11,7 +11,7 @@ pub struct Served {
     child: Child,
     /// Its URL, with a slash at the end.
     pub url: String,
-    /// The token that it printed, empty where it printed none.
+    /// The token that it printed, empty if it printed none.
     pub token: String,
     log: Arc<Mutex<String>>,
     logging: Option<JoinHandle<()>>,
@@ -22,7 +22,7 @@ pub struct Served {
 pub struct NotStarted(pub String);
 
 impl Served {
-    /// One on a free port with what is cached in `folder`, set up by `arguments`.
+    /// A service on a free port with its cache in `folder`, and these `arguments`.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
         Self::with_environment(folder, arguments, &[])
     }
@@ -67,7 +67,7 @@ impl Served {
             log,
             logging: Some(logging),
         };
-        // It says nothing after these lines; a token is the last of them, if there is one.
+        // It prints nothing after these lines; a token is the last of them, if there is one.
         let lines = BufReader::new(stdout).lines().map(Result::unwrap);
         for line in lines {
             match line.split_once('=').unwrap() {
@@ -91,7 +91,7 @@ impl Served {
         self.child.id()
     }
 
-    /// Where it listens, as its log has it.
+    /// The address that it listens at, from its log.
     pub fn address(&self) -> String {
         loop {
             let log = self.log();
@@ -103,9 +103,16 @@ impl Served {
         }
     }
 
-    /// What it logged so far.
+    /// Its log so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until its log has `text`, which comes through a pipe and so a moment after it was written.
+    pub fn wait_for_log(&self, text: &str) {
+        while !self.log().contains(text) {
+            std::thread::yield_now();
+        }
     }
 
     fn end_of_log(&mut self) -> String {

