@@ -1,41 +1,37 @@
-//! The cargo cache between the pack store and the disk: the main step restores parts to the disk, and the
-//! post step saves them from there.
+//! The restore: puts the parts that a job wants on the disk, in threads of its own.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fs::{self, File};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::time::timeout_at;
 
 use crate::cargo_cache::build_key::BuildKey;
-use crate::cargo_cache::files::{self, Conditions, ContentDigest, ExtractError, PART_LIMIT};
+use crate::cargo_cache::files::{self, Conditions, ExtractError};
 use crate::cargo_cache::home;
-use crate::cargo_cache::included;
 use crate::cargo_cache::leftovers;
-use crate::cargo_cache::lockfile::{Lockfile, LockfileError};
+use crate::cargo_cache::lockfile::Lockfile;
 use crate::cargo_cache::manifest::{
-    BaseDir, BuildDirectory, CacheManifest, CachePart, FileEntry, Package, chunk_key, is_cargo_key,
-    manifest_key, match_rank,
+    BaseDir, CacheManifest, CachePart, FileEntry, Package, match_rank,
 };
-use crate::cargo_cache::places::Places;
 use crate::cargo_cache::units;
 use crate::digest::sha256;
 use crate::format::size;
-use crate::packs::index::{ObjectKey, hours};
+use crate::packs::index::ObjectKey;
 use crate::packs::local_file;
+use crate::relay::cargo::{
+    CargoActivity, CargoJob, CargoRequest, in_parallel, is_crate, milliseconds,
+};
 use crate::relay::downloads::ReadError;
 use crate::relay::object_table::Location;
 use crate::relay::{Relay, lock};
-use crate::sccache::state_dir::StateDir;
 
 /// How many manifests are tried, the best match first.
 const MANIFESTS_TRIED: usize = 3;
@@ -44,215 +40,6 @@ const MANIFESTS_TRIED: usize = 3;
 /// bytes.
 const MANY_PARTS: usize = 8;
 const LARGE_SHARE: u64 = 4;
-
-/// A compressed part is in memory up to this size, in bytes, and in a file beyond it.
-const PART_IN_MEMORY: usize = 8 << 20;
-
-/// How many threads read and write files at most: more would only wait for the disk.
-const THREADS: usize = 4;
-
-/// The main step's request for the cargo cache.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CargoRequest {
-    /// The places of cargo's folders.
-    pub places: Places,
-    /// The build key of the run.
-    pub build_key: BuildKey,
-    /// How long the restore may take.
-    pub wait: Duration,
-    /// The folder of the set-up, in which the wrapper notes what cargo compiles.
-    pub state: PathBuf,
-}
-
-/// A lockfile that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {why}", path.display())]
-pub struct CannotUseLockfile {
-    path: PathBuf,
-    #[source]
-    why: CannotReadLockfile,
-}
-
-/// Why it cannot be used.
-#[derive(Debug, thiserror::Error)]
-enum CannotReadLockfile {
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Parse(#[from] LockfileError),
-}
-
-/// Why a job's cargo folders are not saved.
-#[derive(Debug, thiserror::Error)]
-enum CannotSave {
-    #[error(transparent)]
-    Lockfile(#[from] CannotUseLockfile),
-    #[error(transparent)]
-    Disk(#[from] io::Error),
-    #[error("no time was left")]
-    Late,
-}
-
-impl CargoRequest {
-    /// The packages of all lockfiles together. A missing lockfile counts as `missing`.
-    ///
-    /// # Errors
-    /// The path of the first lockfile that cannot be read, and the reason.
-    fn lockfile(&self, missing: &Lockfile) -> Result<Lockfile, CannotUseLockfile> {
-        let mut all = Lockfile::default();
-        for path in self.places.workspaces.iter().map(|its| its.lockfile()) {
-            let read = || Ok(Lockfile::parse(&fs::read_to_string(&path)?)?);
-            match read() {
-                Ok(lockfile) => all.add(lockfile),
-                Err(CannotReadLockfile::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
-                    all.add(missing.clone());
-                }
-                Err(why) => return Err(CannotUseLockfile { path, why }),
-            }
-        }
-        Ok(all)
-    }
-
-    /// The packages of the lockfiles before the build. A missing lockfile asks for everything that an
-    /// earlier run used.
-    ///
-    /// # Errors
-    /// The path of the first lockfile that cannot be read, and the reason.
-    pub fn lockfile_before(&self) -> Result<Lockfile, CannotUseLockfile> {
-        self.lockfile(&Lockfile::open())
-    }
-
-    /// The packages of the lockfiles after the build, when cargo has written the missing ones.
-    fn lockfile_after(&self) -> Result<Lockfile, CannotUseLockfile> {
-        self.lockfile(&Lockfile::default())
-    }
-}
-
-/// The counts of the cargo cache in a job.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct CargoActivity {
-    /// Compiled units put on the disk.
-    pub restored_units: u64,
-    /// Crates put on the disk.
-    pub restored_crates: u64,
-    /// The bytes of all parts put on the disk.
-    pub restored_bytes: u64,
-    /// How long that took, in milliseconds.
-    pub restore_milliseconds: u64,
-    /// Dependencies with any compiled unit among these, or on the disk before.
-    pub restored_dependencies: u64,
-    /// Parts that were wanted and unavailable.
-    pub missed: u64,
-    /// Whether the units that were found had been compiled by another compiler, on another system, or with
-    /// other variables, so that only crates were of use.
-    pub other_build_key: bool,
-    /// Dependencies that cargo compiled all the same, without sccache, and why.
-    pub compiled: Vec<(CompileReason, u64)>,
-    /// Compiled units that the next job can restore.
-    pub kept_units: u64,
-    /// Crates that the next job can restore.
-    pub kept_crates: u64,
-    /// Parts that no earlier job had.
-    pub new_parts: u64,
-    /// Their bytes, compressed.
-    pub new_bytes: u64,
-    /// How long the post step took to find them, in milliseconds.
-    pub save_milliseconds: u64,
-}
-
-/// The reason why cargo compiled a dependency that the cargo cache covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum CompileReason {
-    /// No earlier job has left anything.
-    FirstRun,
-    /// Earlier jobs compiled for another compiler, another system or with other variables.
-    OtherBuildKey,
-    /// No earlier job had this version of it, or of a unit that it is compiled from.
-    New,
-    /// It, or a unit that it is compiled from, holds the path of a checkout or a build directory elsewhere.
-    Path,
-    /// The units of earlier jobs were unavailable.
-    Missed,
-    /// It was restored, and cargo wanted it otherwise: with other features or flags, or in another profile.
-    Changed,
-}
-
-/// The main step's request, and the manifest that was found for it.
-#[derive(Debug)]
-pub(super) struct CargoJob {
-    request: CargoRequest,
-    /// The manifest that the job began with, and its key.
-    before: CacheManifest,
-    key: Option<ObjectKey>,
-    /// Whether that manifest's units are for such a job.
-    same_build_key: bool,
-    /// The manifest's build directories in this job.
-    builds: Vec<Option<LocalBuild>>,
-    /// The numbers of the parts that the lockfiles ask for, and of those that were right in this job.
-    asked: HashSet<usize>,
-    wanted: Vec<usize>,
-}
-
-/// A build directory of a manifest in this job.
-#[derive(Clone, Debug)]
-struct LocalBuild {
-    path: PathBuf,
-    /// Whether it and the checkout have the same paths as before.
-    is_unmoved: bool,
-}
-
-impl CargoJob {
-    fn new(
-        request: CargoRequest,
-        lockfile: &Lockfile,
-        chosen: Option<(ObjectKey, CacheManifest)>,
-        lane: u64,
-    ) -> Self {
-        let (key, before) = chosen.unzip();
-        let before = before.unwrap_or_default();
-        let local = |build: &BuildDirectory| {
-            let path = request.places.path_of(&build.place)?;
-            let is_unmoved = request.places.digest(&path) == build.paths;
-            Some(LocalBuild { path, is_unmoved })
-        };
-        let builds = before.builds.iter().map(local).collect();
-        let match_rank = key.and_then(|key| match_rank(key, request.build_key, lane));
-        let mut job = Self {
-            same_build_key: match_rank.is_some_and(|(same_build_key, _)| same_build_key),
-            asked: before.wanted(lockfile, |_| true).into_iter().collect(),
-            wanted: Vec::new(),
-            builds,
-            request,
-            before,
-            key,
-        };
-        job.wanted = job.before.wanted(lockfile, |unit| job.is_usable(unit));
-        job
-    }
-
-    fn build_of(&self, part: &CachePart) -> Option<&LocalBuild> {
-        match part.base {
-            BaseDir::Build(number) => self.builds.get(number as usize)?.as_ref(),
-            BaseDir::Registry | BaseDir::Git => None,
-        }
-    }
-
-    /// Whether a unit of the manifest is right in this job.
-    fn is_usable(&self, unit: &CachePart) -> bool {
-        let build = self.build_of(unit);
-        self.same_build_key && build.is_some_and(|build| build.is_unmoved || !unit.path_dependent)
-    }
-
-    /// The folder that the paths of a part of the manifest begin in.
-    fn folder_of(&self, part: &CachePart) -> Option<PathBuf> {
-        match part.base {
-            BaseDir::Build(_) => self.build_of(part).map(|build| build.path.clone()),
-            BaseDir::Registry => Some(self.request.places.home.join("registry")),
-            BaseDir::Git => Some(self.request.places.home.join("git")),
-        }
-    }
-}
 
 /// Why a part is not on the disk.
 #[derive(Debug, thiserror::Error)]
@@ -283,7 +70,10 @@ impl Drop for StopOnDrop {
 
 impl Relay {
     /// Restores the parts of earlier runs that a run with the request's lockfiles and build key wants.
-    pub(super) async fn restore_cargo(self: Arc<Self>, request: CargoRequest) -> CargoActivity {
+    pub(in crate::relay) async fn restore_cargo(
+        self: Arc<Self>,
+        request: CargoRequest,
+    ) -> CargoActivity {
         let begin = Instant::now();
         let deadline = begin + request.wait;
         let mut subscription = self.loaded.subscribe();
@@ -639,432 +429,16 @@ impl Restore<'_> {
     }
 }
 
-/// Hands each of `items` to `work`, in several threads.
-fn in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
-    let threads = thread::available_parallelism().map_or(2, NonZero::get);
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    thread::scope(|scope| {
-        for _ in 0..threads.min(THREADS).min(items.len()) {
-            scope.spawn(|| {
-                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    work(item);
-                }
-            });
-        }
-    });
-}
-
-impl Relay {
-    /// Why cargo compiled dependencies without sccache, with how many.
-    fn why_compiled(&self, job: &CargoJob) -> Vec<(CompileReason, u64)> {
-        let state = StateDir::at(job.request.state.clone());
-        let packages: BTreeSet<String> = state.compiled_dependencies().into_iter().collect();
-        let missed = self
-            .activity
-            .snapshot()
-            .cargo
-            .as_ref()
-            .map_or(0, |cargo| cargo.missed);
-        let mut counts: BTreeMap<CompileReason, u64> = BTreeMap::new();
-        for package in packages {
-            *counts
-                .entry(job.why_compiled(&package, missed > 0))
-                .or_default() += 1;
-        }
-        counts.into_iter().collect()
-    }
-
-    /// Saves the job's downloaded and compiled dependencies for the next job.
-    pub(super) fn save_cargo(&self, deadline: Instant) {
-        let Some(job) = lock(&self.cargo).take() else {
-            return;
-        };
-        let compiled = self.why_compiled(&job);
-        self.activity
-            .note(|activity| activity.cargo.get_or_insert_default().compiled = compiled);
-        if !self.table.lock().is_writable() {
-            return;
-        }
-        let begin = Instant::now();
-        if let Err(error) = self.store_cargo(&job, deadline) {
-            self.activity.error("the cargo cache was not saved", &error);
-        }
-        self.activity.note(|activity| {
-            activity.cargo.get_or_insert_default().save_milliseconds = milliseconds(begin);
-        });
-    }
-
-    fn store_cargo(&self, job: &CargoJob, deadline: Instant) -> Result<(), CannotSave> {
-        let lockfile = job.request.lockfile_after()?;
-        let builder = ManifestBuilder::of(&job.request, &lockfile)?;
-        let ManifestBuilder {
-            mut manifest,
-            folders,
-            used,
-        } = builder;
-        let wanted = manifest.wanted(&lockfile, |_| true);
-        let has_units = wanted
-            .iter()
-            .any(|number| manifest.parts.get(*number).is_some_and(CachePart::is_unit));
-        // A job that compiled nothing must not replace the units of one that did.
-        if job.before.parts.iter().any(CachePart::is_unit) && !has_units {
-            return Ok(());
-        }
-        let kept = self.store_parts(job, &manifest, &folders, &wanted, deadline)?;
-        let moved = |part: &CachePart| job.has_moved(&manifest, part);
-        let chunks: Vec<Option<ObjectKey>> = kept
-            .iter()
-            .zip(&manifest.parts)
-            .map(|(kept, part)| {
-                // If each job has its own paths, a part that holds this job's paths is of no use to any
-                // other.
-                let kept = kept
-                    .as_ref()
-                    .filter(|kept| !(kept.path_dependent && moved(part)));
-                kept.map(|kept| kept.chunk)
-            })
-            .collect();
-        for (part, kept) in manifest.parts.iter_mut().zip(&kept) {
-            part.path_dependent = kept.as_ref().is_some_and(|kept| kept.path_dependent);
-        }
-        let used: HashSet<(BaseDir, String)> = manifest
-            .parts
-            .iter()
-            .zip(used)
-            .filter(|(_, used)| *used)
-            .map(|(part, _)| (part.base, part.name.clone()))
-            .collect();
-        manifest.set_chunks(&chunks);
-        let is_used = |part: &CachePart| used.contains(&(part.base, part.name.clone()));
-        let changed =
-            manifest.carry_over_usage(&job.before, hours(self.clock.time(&self.client)), is_used);
-        let units = manifest.parts.iter().filter(|part| part.is_unit()).count();
-        let crates = manifest.parts.iter().filter(|part| is_crate(part)).count();
-        self.activity.note(|activity| {
-            let cargo = activity.cargo.get_or_insert_default();
-            cargo.kept_units = units as u64;
-            cargo.kept_crates = crates as u64;
-        });
-        let key = manifest_key(job.request.build_key, self.config.lane);
-        if manifest.parts.is_empty() || (!changed && job.key == Some(key)) {
-            return Ok(());
-        }
-        let bytes = manifest.to_bytes()?;
-        self.store_object(key, &mut io::Cursor::new(bytes))?;
-        Ok(())
-    }
-
-    /// Stores the content of these parts, whose paths begin in `folders`. Returns for each part of the
-    /// manifest what was stored of it.
-    fn store_parts(
-        &self,
-        job: &CargoJob,
-        manifest: &CacheManifest,
-        folders: &[PathBuf],
-        numbers: &[usize],
-        deadline: Instant,
-    ) -> Result<Vec<Option<StoredPart>>, CannotSave> {
-        let before: HashMap<(BaseDir, &str), &CachePart> = job
-            .before
-            .parts
-            .iter()
-            .filter_map(|part| Some(((job.base_in(part, manifest)?, part.name.as_str()), part)))
-            .collect();
-        let others = self
-            .table
-            .lock()
-            .objects()
-            .any(|(key, _)| is_cargo_key(*key));
-        let all_kept = Mutex::new(vec![None; manifest.parts.len()]);
-        let late = AtomicBool::new(false);
-        in_parallel(numbers, |number| {
-            if Instant::now() > deadline {
-                late.store(true, Ordering::Relaxed);
-                return;
-            }
-            let (Some(part), Some(folder)) = (manifest.parts.get(*number), folders.get(*number))
-            else {
-                return;
-            };
-            let same = before
-                .get(&part.id())
-                .filter(|before| before.entries == part.entries && self.has(before.chunk))
-                .map(|before| StoredPart {
-                    chunk: before.chunk,
-                    path_dependent: before.path_dependent,
-                });
-            let kept = match same {
-                Some(same) => Ok(same),
-                None => self.store_part(part, folder, &job.request.places.checkout, others),
-            };
-            match kept {
-                Ok(kept) => {
-                    if let Some(place) = lock(&all_kept).get_mut(*number) {
-                        *place = Some(kept);
-                    }
-                }
-                // A process that a step left behind may use it.
-                Err(error) => self
-                    .activity
-                    .retry("a part of the cargo cache was not saved", &error),
-            }
-        });
-        if late.into_inner() {
-            Err(CannotSave::Late)
-        } else {
-            Ok(all_kept.into_inner().unwrap_or_default())
-        }
-    }
-
-    /// Stores the content of a part, whose paths begin in `folder`. If there are chunks of `others`, it may
-    /// be among them.
-    fn store_part(
-        &self,
-        part: &CachePart,
-        folder: &Path,
-        checkout: &Path,
-        others: bool,
-    ) -> io::Result<StoredPart> {
-        if part.length() > PART_LIMIT {
-            return Err(io::Error::other("it is too large"));
-        }
-        let paths = [folder, checkout];
-        let paths: &[&Path] = if part.is_unit() { &paths } else { &[] };
-        let kept = |content: ContentDigest| -> io::Result<StoredPart> {
-            let holds_code_of_paths = || {
-                let none = included::holds_paths_of_no_code_only(folder, checkout, part);
-                none.map(|none| !none)
-            };
-            Ok(StoredPart {
-                chunk: chunk_key(content.digest),
-                path_dependent: content.holds_paths && holds_code_of_paths()?,
-            })
-        };
-        if others {
-            let kept = kept(files::digest(folder, &part.entries, paths)?)?;
-            if self.has(kept.chunk) {
-                return Ok(kept);
-            }
-        }
-        let mut content = tempfile::spooled_tempfile_in(PART_IN_MEMORY, &self.config.folder);
-        let kept = kept(files::compress(folder, &part.entries, paths, &mut content)?)?;
-        let (_, length) = self.store_object(kept.chunk, &mut content)?;
-        self.activity.note(|activity| {
-            let cargo = activity.cargo.get_or_insert_default();
-            cargo.new_parts += 1;
-            cargo.new_bytes += length;
-        });
-        Ok(kept)
-    }
-
-    /// Whether an object is available. If so, marks it as used by this job.
-    fn has(&self, key: ObjectKey) -> bool {
-        let mut objects = self.table.lock();
-        let has = objects.has(key);
-        if has {
-            objects.mark_used(key);
-        }
-        has
-    }
-}
-
-/// A part in the store.
-#[derive(Clone, Copy, Debug)]
-struct StoredPart {
-    chunk: ObjectKey,
-    path_dependent: bool,
-}
-
-impl CargoJob {
-    /// Why cargo compiled this package, given whether any wanted part was unavailable.
-    fn why_compiled(&self, package: &str, has_missed: bool) -> CompileReason {
-        let is_its = |part: &CachePart| match &part.package {
-            Package::Crate(name) => name == package,
-            Package::Commit(commit) => package.starts_with(commit.as_str()),
-            Package::Several => false,
-        };
-        let its: Vec<usize> = self
-            .before
-            .parts
-            .iter()
-            .enumerate()
-            .filter(|(_, part)| part.is_unit() && is_its(part))
-            .map(|(number, _)| number)
-            .collect();
-        if self.key.is_none() && has_missed {
-            // The manifests of earlier jobs did not arrive in time.
-            CompileReason::Missed
-        } else if self.key.is_none() {
-            CompileReason::FirstRun
-        } else if !self.same_build_key {
-            CompileReason::OtherBuildKey
-        } else if its.is_empty() || its.iter().any(|number| !self.asked.contains(number)) {
-            CompileReason::New
-        } else if its.iter().any(|number| !self.wanted.contains(number)) {
-            CompileReason::Path
-        } else if has_missed {
-            CompileReason::Missed
-        } else {
-            CompileReason::Changed
-        }
-    }
-
-    /// The base directory in `manifest`, that of the job's end, of a part of the manifest that the job
-    /// began with.
-    fn base_in(&self, part: &CachePart, manifest: &CacheManifest) -> Option<BaseDir> {
-        let BaseDir::Build(number) = part.base else {
-            return Some(part.base);
-        };
-        // A part that holds other paths was not restored.
-        if part.path_dependent && !self.build_of(part)?.is_unmoved {
-            return None;
-        }
-        let place = &self.before.builds.get(number as usize)?.place;
-        let number = manifest
-            .builds
-            .iter()
-            .position(|build| build.place == *place)?;
-        Some(BaseDir::Build(u32::try_from(number).ok()?))
-    }
-
-    /// Whether the build directory of a part of `manifest`, that of the job's end, was elsewhere in the job
-    /// before.
-    fn has_moved(&self, manifest: &CacheManifest, part: &CachePart) -> bool {
-        let BaseDir::Build(number) = part.base else {
-            return false;
-        };
-        let build = manifest.builds.get(number as usize);
-        let mut before = self.before.builds.iter();
-        before.any(|before| {
-            build.is_some_and(|build| build.place == before.place && build.paths != before.paths)
-        })
-    }
-}
-
-/// Builds a manifest of the parts on the disk that a lockfile asks for.
-struct ManifestBuilder {
-    /// The parts, without their chunks.
-    manifest: CacheManifest,
-    /// The folder that each part's paths begin in.
-    folders: Vec<PathBuf>,
-    /// Whether the job used each part, as far as can be told.
-    used: Vec<bool>,
-}
-
-impl ManifestBuilder {
-    fn of(request: &CargoRequest, lockfile: &Lockfile) -> io::Result<Self> {
-        let mut builder = Self {
-            manifest: CacheManifest::default(),
-            folders: Vec::new(),
-            used: Vec::new(),
-        };
-        let places = &request.places;
-        // Crates come first, so that they are in packs together: another toolchain wants only these.
-        for item in home::find(&places.home, lockfile)? {
-            let part = CachePart {
-                base: item.base,
-                name: item.name,
-                commit_marker: item.commit_marker,
-                package: item.package,
-                entries: item.entries,
-                chunk: NO_CHUNK,
-                needs: Vec::new(),
-                used: 0,
-                path_dependent: false,
-            };
-            let folder = match item.base {
-                BaseDir::Git => "git",
-                BaseDir::Registry | BaseDir::Build(_) => "registry",
-            };
-            builder.add(part, places.home.join(folder), true);
-        }
-        for build in build_directories(request) {
-            let Some(place) = places.place_of(&build) else {
-                continue;
-            };
-            let found = units::find(&build, &places.home)?;
-            if found.units.is_empty() {
-                continue;
-            }
-            let base = BaseDir::Build(builder.manifest.builds.len() as u32);
-            builder.manifest.builds.push(BuildDirectory {
-                place,
-                paths: places.digest(&build),
-            });
-            builder.add_units(base, &build, found);
-        }
-        Ok(builder)
-    }
-
-    fn add(&mut self, part: CachePart, folder: PathBuf, used: bool) {
-        self.manifest.parts.push(part);
-        self.folders.push(folder);
-        self.used.push(used);
-    }
-
-    fn add_units(&mut self, base: BaseDir, build: &Path, found: units::UnitScan) {
-        let first = self.manifest.parts.len() as u32;
-        for unit in found.units {
-            let number = |need: &u32| need.saturating_add(first);
-            let part = CachePart {
-                base,
-                name: unit.commit_marker.clone(),
-                commit_marker: Some(unit.commit_marker),
-                package: unit.package,
-                entries: unit.entries,
-                chunk: NO_CHUNK,
-                needs: unit.needs.iter().map(number).collect(),
-                used: 0,
-                path_dependent: false,
-            };
-            self.add(
-                part,
-                build.to_owned(),
-                unit.used || !found.has_workspace_units,
-            );
-        }
-    }
-}
-
-/// The chunk of a part that has none yet.
-const NO_CHUNK: ObjectKey = ObjectKey([0; 32]);
-
-/// The build directories that are known from the beginning, and then the others that the wrapper was called
-/// for.
-fn build_directories(request: &CargoRequest) -> Vec<PathBuf> {
-    let known = request
-        .places
-        .workspaces
-        .iter()
-        .map(|its| its.build.clone());
-    let profiles = StateDir::at(request.state.clone()).noted_profiles();
-    let noted = profiles
-        .iter()
-        .filter(|profile| !request.places.is_known(profile))
-        .filter_map(|profile| units::build_directory_of(profile));
-    let mut directories: Vec<PathBuf> = Vec::new();
-    for directory in known.chain(noted.map(Path::to_owned)) {
-        if !directories.contains(&directory) {
-            directories.push(directory);
-        }
-    }
-    directories
-}
-
-/// Whether a part is a crate's archive.
-fn is_crate(part: &CachePart) -> bool {
-    part.base == BaseDir::Registry && part.package != Package::Several
-}
-
-fn milliseconds(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::cargo_cache::build_key::BuildKey;
     use crate::cargo_cache::files::staged;
     use crate::cargo_cache::lockfile::tests::asking_for;
+    use crate::cargo_cache::manifest::chunk_key;
+    use crate::cargo_cache::places::Places;
     use crate::packs::local_file::LocalFile;
     use crate::relay::RelayConfig;
     use crate::relay::downloads::STALL;
