@@ -2,12 +2,12 @@
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use sccache_action::action::setup::SetupOutcome;
-use sccache_action::action::{report, setup};
+use sccache_action::action::report::{self, ReportOutcome};
+use sccache_action::action::setup::{self, SetupOutcome};
 use sccache_action::cli::{CachesCommand, Cli, Command};
 use sccache_action::commands::caches;
 use sccache_action::commands::doctor;
@@ -59,29 +59,17 @@ fn dispatch(command: Command) -> Result<ExitCode, Failure> {
 
 async fn run(command: Command) -> Result<ExitCode, Failure> {
     let environment = Environment::of_this_process();
-    let log = || {
-        let is_set = |name, value| environment.get(name) == Some(value);
-        let target = if is_set("GITHUB_ACTIONS", "true") {
-            LogTarget::GitHubActions
-        } else {
-            LogTarget::Terminal
-        };
-        Log::new(io::stdout(), target, is_set("RUNNER_DEBUG", "1"))
-    };
+    let program = || std::env::current_exe();
     match command {
         Command::Setup => {
-            let program = std::env::current_exe()?;
-            match setup::run_unless_cancelled(&environment, &program, &log()).await {
-                SetupOutcome::Done => Ok(ExitCode::SUCCESS),
-                SetupOutcome::Failed => Ok(ExitCode::FAILURE),
-            }
+            let log = log(&environment);
+            let outcome = setup::run_unless_cancelled(&environment, &program()?, &log).await;
+            Ok(code(outcome == SetupOutcome::Done))
         }
         Command::Report => {
-            let program = std::env::current_exe()?;
-            match report::run(&environment, &program, &log()).await {
-                report::ReportOutcome::Done => Ok(ExitCode::SUCCESS),
-                report::ReportOutcome::Failed => Ok(ExitCode::FAILURE),
-            }
+            let log = log(&environment);
+            let outcome = report::run(&environment, &program()?, &log).await;
+            Ok(code(outcome == ReportOutcome::Done))
         }
         Command::Relay => {
             let mut config = Vec::new();
@@ -94,89 +82,111 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             command::run(*options).await?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Stats { markdown, json } => {
-            let format = match (markdown, json) {
-                (true, _) => stats::OutputFormat::Markdown,
-                (false, true) => stats::OutputFormat::Json,
-                (false, false) => stats::OutputFormat::Table,
-            };
-            let text = stats::run(&environment, format).await?;
-            if json && !markdown {
-                print_json(&text)?;
-            } else {
-                print(&text)?;
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Stats { markdown, json } => print_stats(&environment, markdown, json).await,
         Command::Doctor { json } => {
-            let program = std::env::current_exe()?;
-            let findings = doctor::run_checks(&environment, &program).await;
-            if json {
-                print_json(&format!("{:#}\n", doctor::json(&findings)))?;
+            let findings = doctor::run_checks(&environment, &program()?).await;
+            let text = if json {
+                format!("{:#}\n", doctor::json(&findings))
             } else {
-                print(&doctor::text(&findings))?;
-            }
-            Ok(if doctor::is_ok(&findings) {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            })
+                doctor::text(&findings)
+            };
+            print_as(&text, json)?;
+            Ok(code(doctor::is_ok(&findings)))
         }
-        Command::Caches(CachesCommand::List(options)) => {
-            let text = caches::list(&environment, &options).await?;
-            if options.json {
-                print_json(&text)?;
-            } else {
-                print(&text)?;
-            }
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Caches(CachesCommand::Prune(options)) => {
-            let pruned = caches::prune(&environment, &options).await?;
-            if options.json {
-                print_json(&pruned.text)?;
-            } else {
-                print(&pruned.text)?;
-            }
-            Ok(if pruned.complete {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            })
-        }
+        Command::Caches(command) => list_or_prune(&environment, &command).await,
         Command::Rehearse {
             sccache,
             mode,
             install_from,
             build,
         } => {
-            let mut environment = environment.clone();
             let inputs = [
                 ("INPUT_VERSION", sccache),
                 ("INPUT_MODE", mode),
                 ("INPUT_INSTALL-FROM", install_from),
             ];
-            for (input, value) in inputs {
-                if let Some(value) = value {
-                    environment.set(input, value);
-                }
-            }
-            let rehearsal = Rehearsal {
-                program: std::env::current_exe()?,
-                environment,
-                build,
-            };
-            let results = rehearse::run(&rehearsal).await?;
-            for result in &results {
-                print(&format!(
-                    "\n=== {} job: the summary\n\n{}\n",
-                    result.job, result.summary
-                ))?;
-            }
-            print(&format!("{}\n", rehearse::table(&results)))?;
-            Ok(ExitCode::SUCCESS)
+            rehearse_jobs(environment, &program()?, inputs, build).await
         }
     }
+}
+
+/// The log of a step: commands for the runner where there is one.
+fn log(environment: &Environment) -> Log {
+    let is_set = |name, value| environment.get(name) == Some(value);
+    let target = if is_set("GITHUB_ACTIONS", "true") {
+        LogTarget::GitHubActions
+    } else {
+        LogTarget::Terminal
+    };
+    Log::new(io::stdout(), target, is_set("RUNNER_DEBUG", "1"))
+}
+
+fn code(is_success: bool) -> ExitCode {
+    if is_success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+async fn print_stats(
+    environment: &Environment,
+    markdown: bool,
+    json: bool,
+) -> Result<ExitCode, Failure> {
+    let format = match (markdown, json) {
+        (true, _) => stats::OutputFormat::Markdown,
+        (false, true) => stats::OutputFormat::Json,
+        (false, false) => stats::OutputFormat::Table,
+    };
+    let text = stats::run(environment, format).await?;
+    print_as(&text, json && !markdown)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list_or_prune(
+    environment: &Environment,
+    command: &CachesCommand,
+) -> Result<ExitCode, Failure> {
+    match command {
+        CachesCommand::List(options) => {
+            print_as(&caches::list(environment, options).await?, options.json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        CachesCommand::Prune(options) => {
+            let pruned = caches::prune(environment, options).await?;
+            print_as(&pruned.text, options.json)?;
+            Ok(code(pruned.complete))
+        }
+    }
+}
+
+/// Runs a rehearsal with these inputs in place of the environment's.
+async fn rehearse_jobs(
+    mut environment: Environment,
+    program: &Path,
+    inputs: [(&str, Option<String>); 3],
+    build: Vec<OsString>,
+) -> Result<ExitCode, Failure> {
+    for (input, value) in inputs {
+        if let Some(value) = value {
+            environment.set(input, value);
+        }
+    }
+    let rehearsal = Rehearsal {
+        program: program.to_owned(),
+        environment,
+        build,
+    };
+    let results = rehearse::run(&rehearsal).await?;
+    for result in &results {
+        print(&format!(
+            "\n=== {} job: the summary\n\n{}\n",
+            result.job, result.summary
+        ))?;
+    }
+    print(&format!("{}\n", rehearse::table(&results)))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Prints the outcome of a command without text that a runner takes for a command. A reader that
@@ -188,6 +198,14 @@ fn print(text: &str) -> io::Result<()> {
 /// The same for JSON.
 fn print_json(text: &str) -> io::Result<()> {
     print_all(&json_without_commands(text))
+}
+
+fn print_as(text: &str, is_json: bool) -> io::Result<()> {
+    if is_json {
+        print_json(text)
+    } else {
+        print(text)
+    }
 }
 
 fn print_all(text: &str) -> io::Result<()> {

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use tokio::sync::{Semaphore, watch};
-use tokio_util::task::TaskTracker;
 
 use crate::cache_client::{CacheClient, CacheError, Download};
 use crate::digest::Digest;
@@ -17,6 +16,7 @@ use crate::relay::activity::ActivityLog;
 use crate::relay::object_table::{
     FetchAction, Location, ObjectTable, PackState, Progress, SharedTable,
 };
+use crate::relay::tasks::RelayTasks;
 use crate::relay::{RelayConfig, delay_after};
 
 /// How many packs are downloaded at once.
@@ -47,7 +47,7 @@ pub(super) struct Downloads {
     client: CacheClient,
     table: Arc<SharedTable>,
     activity: Arc<ActivityLog>,
-    tasks: TaskTracker,
+    tasks: RelayTasks,
     slots: Arc<Semaphore>,
     /// How many waits for a pack in a row have timed out.
     timeouts_in_a_row: AtomicU32,
@@ -80,7 +80,7 @@ impl Downloads {
         client: CacheClient,
         table: Arc<SharedTable>,
         activity: Arc<ActivityLog>,
-        tasks: TaskTracker,
+        tasks: RelayTasks,
     ) -> Self {
         Self {
             config,

@@ -25,6 +25,7 @@ pub mod sccache_server;
 #[cfg(test)]
 mod simulation;
 mod store;
+mod tasks;
 #[cfg(windows)]
 mod windows_handles;
 
@@ -48,7 +49,6 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::cache_client::{CacheClient, CacheError, Endpoint};
 use crate::cache_protocol;
@@ -66,6 +66,7 @@ use crate::relay::object_table::{ObjectTable, SharedTable};
 use crate::relay::pack_writer::PackWriter;
 use crate::relay::sccache_server::{ServerAnswer, ServerRequest};
 use crate::relay::store::Uploads;
+use crate::relay::tasks::RelayTasks;
 
 /// The version of our cache entries. It changes with the packs' layout, so that no reader finds an entry
 /// that it cannot read.
@@ -174,7 +175,7 @@ pub enum RelayError {
 /// A relay at work: the table of objects and packs, the downloads, and the writer of packs.
 ///
 /// The table has no task of its own. `downloads` fetches packs, each in a task; `writer` has one task that
-/// writes them. `tasks` has all of these, and `stop` tells those that go on until the end of the job to end.
+/// writes them. `tasks` has all of these, and `stop` tells the writer that the job ends.
 #[derive(Debug)]
 pub struct Relay {
     config: Arc<RelayConfig>,
@@ -191,7 +192,7 @@ pub struct Relay {
     loaded: watch::Sender<bool>,
     /// Notified when an object becomes pending.
     pending: Arc<Notify>,
-    tasks: TaskTracker,
+    tasks: RelayTasks,
     stop: CancellationToken,
     last_request: Mutex<Instant>,
     /// The task that keeps sccache's server running.
@@ -265,7 +266,7 @@ impl Relay {
         let config = Arc::new(config);
         let activity = Arc::new(ActivityLog::default());
         let pending = Arc::new(Notify::new());
-        let tasks = TaskTracker::new();
+        let tasks = RelayTasks::default();
         let downloads = Downloads::new(
             config.clone(),
             client.clone(),
@@ -525,6 +526,8 @@ pub async fn run(
         () = abandoned => {}
     }
     relay.end_server();
+    // None of them may write to the folder that is removed here.
+    relay.tasks.end().await;
     // If this fails, it goes with the runner's temporary folder.
     let _ = std::fs::remove_dir_all(folder);
     Ok(())
