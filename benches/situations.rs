@@ -11,6 +11,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../tests/it/support/build_places.rs"]
+mod build_places;
 #[path = "cargo/crates.rs"]
 mod crates;
 #[path = "shared/distance.rs"]
@@ -37,6 +39,7 @@ use std::time::Instant;
 use clap::Parser;
 use tempfile::TempDir;
 
+use build_places::{BUILD_PLACES, BuildPlace, PLAIN};
 use distance::Distance;
 use registry::Registry;
 use runner::Job;
@@ -68,17 +71,11 @@ struct Options {
     bench: bool,
 }
 
-/// The place and way of a project's build.
+/// A project, and how it is built.
 #[derive(Clone, Copy, Debug)]
 struct Situation {
     name: &'static str,
-    /// Additional lines of the workspace's configuration.
-    config: &'static str,
-    /// A variable of the whole job.
-    variable: Option<(&'static str, &'static str)>,
-    /// The words before `cargo` in the step, and behind its command.
-    before: &'static str,
-    behind: &'static str,
+    place: BuildPlace,
     /// The folder of the checkout that the workspace is in.
     folder: &'static str,
     has_lockfile: bool,
@@ -86,60 +83,42 @@ struct Situation {
     checkouts: [&'static str; 2],
 }
 
-const PLAIN: Situation = Situation {
-    name: "plain",
-    config: "",
-    variable: None,
-    before: "",
-    behind: "",
-    folder: ".",
-    has_lockfile: true,
-    checkouts: ["job", "job"],
-};
+impl Situation {
+    /// The project alone in a checkout that stays, built in this place.
+    const fn of(place: BuildPlace) -> Self {
+        Self {
+            name: place.name,
+            place,
+            folder: ".",
+            has_lockfile: true,
+            checkouts: ["job", "job"],
+        }
+    }
+}
 
-const SITUATIONS: [Situation; 9] = [
-    PLAIN,
-    Situation {
-        name: "build.target-dir",
-        config: "[build]\ntarget-dir = \"out\"\n",
-        ..PLAIN
-    },
-    Situation {
-        name: "build.build-dir",
-        config: "[build]\nbuild-dir = \"{cargo-cache-home}/build/{workspace-path-hash}\"\n",
-        ..PLAIN
-    },
-    Situation {
-        name: "CARGO_BUILD_BUILD_DIR",
-        variable: Some(("CARGO_BUILD_BUILD_DIR", "elsewhere")),
-        ..PLAIN
-    },
-    Situation {
-        name: "CARGO_TARGET_DIR of a step",
-        before: "CARGO_TARGET_DIR=$PWD/elsewhere",
-        ..PLAIN
-    },
-    Situation {
-        name: "a tool's folder, a target",
-        behind: "--target-dir target/llvm-cov-target --target $(rustc --print host-tuple)",
-        ..PLAIN
-    },
+const OTHERS: [Situation; 3] = [
     Situation {
         name: "a workspace in a subfolder",
         folder: "backend",
-        ..PLAIN
+        ..Situation::of(PLAIN)
     },
     Situation {
         name: "no Cargo.lock",
         has_lockfile: false,
-        ..PLAIN
+        ..Situation::of(PLAIN)
     },
     Situation {
         name: "a checkout that moved",
         checkouts: ["one", "two"],
-        ..PLAIN
+        ..Situation::of(PLAIN)
     },
 ];
+
+/// The plain one, and then the others.
+fn situations() -> impl Iterator<Item = Situation> {
+    let places = std::iter::once(PLAIN).chain(BUILD_PLACES);
+    places.map(Situation::of).chain(OTHERS)
+}
 
 /// The build, and its folder.
 struct Bench {
@@ -173,12 +152,8 @@ impl Bench {
         situation.checkouts.map(|checkout| {
             let job = self.check_out(situation, checkout, is_newer, mode, &upstream);
             let cargo = self.options.cargo.as_deref().unwrap_or(Path::new("cargo"));
-            let Situation {
-                before,
-                behind,
-                folder,
-                ..
-            } = situation;
+            let folder = situation.folder;
+            let BuildPlace { before, behind, .. } = situation.place;
             let build = format!(
                 "cd {folder} && {before} {} build --jobs 2 {behind}",
                 cargo.display()
@@ -213,7 +188,7 @@ impl Bench {
         let workspace = job.path("workspace").join(situation.folder);
         copy(&sample, &workspace);
         fs::create_dir_all(workspace.join(".cargo")).unwrap();
-        let config = format!("{}{}", self.registry.config(), situation.config);
+        let config = format!("{}{}", self.registry.config(), situation.place.config);
         fs::write(workspace.join(".cargo/config.toml"), config).unwrap();
         if !situation.has_lockfile {
             fs::remove_file(workspace.join("Cargo.lock")).unwrap();
@@ -225,7 +200,7 @@ impl Bench {
         job.set("CARGO_HOME", self.home().display().to_string());
         job.set("GITHUB_WORKFLOW", "CI");
         job.set("GITHUB_JOB", "build");
-        if let Some((name, value)) = situation.variable {
+        if let Some((name, value)) = situation.place.variable {
             job.set(name, value);
         }
         if is_newer {
@@ -254,8 +229,7 @@ fn main() {
     let options = Options::parse();
     let bench = Bench::prepare(options);
     let only = bench.options.only.as_deref().unwrap_or_default();
-    let chosen =
-        |situation: &&Situation| situation.name == "plain" || situation.name.contains(only);
+    let chosen = |situation: &Situation| situation.name == "plain" || situation.name.contains(only);
     println!(
         "the project of sample/, sccache {}, {}\n",
         bench.options.sccache, bench.options.distance
@@ -274,9 +248,9 @@ fn main() {
             continue;
         }
         let mut plain_warm = None;
-        for situation in SITUATIONS.iter().filter(chosen) {
-            let [cold, warm] = bench.measure(situation, is_newer, "packed");
-            let [_, alone] = bench.measure(situation, is_newer, "direct");
+        for situation in situations().filter(chosen) {
+            let [cold, warm] = bench.measure(&situation, is_newer, "packed");
+            let [_, alone] = bench.measure(&situation, is_newer, "direct");
             let plain_warm = *plain_warm.get_or_insert(warm);
             println!(
                 "{layout}   {:<28} {cold:>7.2}  {warm:>7.2}  {alone:>22.2}  {:>14.2}",

@@ -3,102 +3,33 @@
 use std::fs;
 use std::path::PathBuf;
 
+use crate::support::build_places::{BUILD_PLACES, BuildPlace};
+
 use super::{ALL, BUILD, CARGOS, Cargo, Checkout, OWN, Repository, SAID, with_each_cargo};
-
-/// A way to choose cargo's build folder.
-struct Situation {
-    name: &'static str,
-    /// Additional lines of the workspace's configuration.
-    config: &'static str,
-    /// A variable of the job.
-    variable: Option<(&'static str, &'static str)>,
-    /// The words before `cargo`, and behind its command.
-    before: &'static str,
-    behind: &'static str,
-}
-
-const PLAIN: Situation = Situation {
-    name: "plain",
-    config: "",
-    variable: None,
-    before: "",
-    behind: "",
-};
-
-const SITUATIONS: [Situation; 9] = [
-    Situation {
-        name: "build.target-dir",
-        config: "[build]\ntarget-dir = \"out\"\n",
-        ..PLAIN
-    },
-    Situation {
-        name: "build.build-dir",
-        config: "[build]\nbuild-dir = \"{cargo-cache-home}/build/{workspace-path-hash}\"\n",
-        ..PLAIN
-    },
-    Situation {
-        name: "CARGO_BUILD_BUILD_DIR of the job",
-        variable: Some(("CARGO_BUILD_BUILD_DIR", "build-of-the-job")),
-        ..PLAIN
-    },
-    Situation {
-        name: "CARGO_TARGET_DIR of the job",
-        variable: Some(("CARGO_TARGET_DIR", "target-of-the-job")),
-        ..PLAIN
-    },
-    Situation {
-        name: "CARGO_TARGET_DIR of a step",
-        before: "CARGO_TARGET_DIR=$PWD/elsewhere",
-        ..PLAIN
-    },
-    Situation {
-        name: "the runner's temporary folder",
-        before: "CARGO_TARGET_DIR=$RUNNER_TEMP/target",
-        ..PLAIN
-    },
-    Situation {
-        name: "a target",
-        behind: "--target $(rustc --print host-tuple)",
-        ..PLAIN
-    },
-    Situation {
-        name: "a tool's own folder and a target",
-        behind: "--target-dir target/llvm-cov-target --target $(rustc --print host-tuple)",
-        ..PLAIN
-    },
-    Situation {
-        name: "release",
-        behind: "--release",
-        ..PLAIN
-    },
-];
 
 #[test]
 fn wherever_cargo_is_told_to_build_the_next_job_finds_every_dependency_fresh() {
     for cargo in CARGOS {
-        for situation in SITUATIONS {
+        for place in BUILD_PLACES {
             let repository = Repository::new(cargo);
             let run = || {
                 let mut job = repository.job();
                 let config = repository.registry.config();
-                job.write(
-                    ".cargo/config.toml",
-                    &format!("{config}{}", situation.config),
-                );
-                if let Some((name, value)) = situation.variable {
+                job.write(".cargo/config.toml", &format!("{config}{}", place.config));
+                if let Some((name, value)) = place.variable {
                     job.job.set(name, value);
                 }
                 let cargo = |command: &str| {
-                    let Situation { before, behind, .. } = situation;
+                    let BuildPlace { before, behind, .. } = place;
                     format!("{before} cargo {command} --locked {behind}")
                 };
                 let fresh = job.run_by(&cargo("build --verbose")).0;
                 let said = job.job.shell(&cargo("run --quiet")).green();
-                assert_eq!(said.stdout.trim(), SAID, "{}", situation.name);
+                assert_eq!(said.stdout.trim(), SAID, "{}", place.name);
                 fresh
             };
-            assert_eq!(run(), [] as [&str; 0], "{}", situation.name);
-            assert_eq!(run(), ALL, "{cargo:?}: {}", situation.name);
+            assert_eq!(run(), [] as [&str; 0], "{}", place.name);
+            assert_eq!(run(), ALL, "{cargo:?}: {}", place.name);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Shared parts of the tests: a runner, the simulation of GitHub's cache, servers and projects.
 
+pub mod build_places;
 pub mod c_build;
 #[cfg(unix)]
 pub mod outcome;
