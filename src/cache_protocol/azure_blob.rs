@@ -21,6 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use crate::cache_protocol::auth::{Owner, Purpose};
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, PARTS_LIMIT, Store, StoreError};
 use crate::cache_protocol::{AppState, Peer, RETRY_AFTER_SECONDS};
 use crate::clock;
@@ -54,15 +55,10 @@ impl SignedQuery {
     }
 }
 
-fn is_signed<S: Store>(
-    shared: &AppState<S>,
-    purpose: Purpose,
-    id: u64,
-    signature: &SignedQuery,
-) -> bool {
+fn is_signed<S: Store>(shared: &AppState<S>, purpose: Purpose, signature: &SignedQuery) -> bool {
     let SignedQuery { se, sig, .. } = signature;
     let said = (*se, signature.owner());
-    let valid = shared.signer.is_valid(purpose, id, said, sig, clock::now());
+    let valid = shared.signer.is_valid(purpose, said, sig, clock::now());
     if !valid {
         shared.counters.refused.inc();
     }
@@ -98,14 +94,14 @@ fn bad_method() -> Response {
 /// Put Blob, Put Block and Put Block List.
 pub(super) async fn upload<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<UploadId>,
     Query(query): Query<SignedQuery>,
     peer: Peer,
     method: Method,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    if !is_signed(&shared, Purpose::Upload, id, &query) {
+    if !is_signed(&shared, Purpose::Upload(id), &query) {
         return unsigned();
     }
     if method != Method::PUT {
@@ -118,7 +114,7 @@ pub(super) async fn upload<S: Store>(
 
 async fn put<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: UploadId,
     query: SignedQuery,
     headers: &HeaderMap,
     body: Body,
@@ -227,13 +223,13 @@ fn block_list(xml: &str) -> Option<Vec<String>> {
 /// Get Blob and Get Blob Properties.
 pub(super) async fn download<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<EntryId>,
     Query(query): Query<SignedQuery>,
     peer: Peer,
     method: Method,
     headers: HeaderMap,
 ) -> Response {
-    if !is_signed(&shared, Purpose::Download, id, &query) {
+    if !is_signed(&shared, Purpose::Download(id), &query) {
         return unsigned();
     }
     if method != Method::GET && method != Method::HEAD {
@@ -246,7 +242,7 @@ pub(super) async fn download<S: Store>(
 
 async fn get<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: EntryId,
     method: &Method,
     headers: &HeaderMap,
 ) -> Response {
@@ -309,7 +305,11 @@ pub(crate) fn is_missing(error: &std::io::Error) -> bool {
 
 /// The answer if content cannot be read. Content that was deleted or cut off behind our back makes
 /// its entry invalid; any other error may pass.
-async fn unreadable<S: Store>(shared: &AppState<S>, entry: u64, error: std::io::Error) -> Response {
+async fn unreadable<S: Store>(
+    shared: &AppState<S>,
+    entry: EntryId,
+    error: std::io::Error,
+) -> Response {
     if is_missing(&error) {
         shared.store.mark_missing(entry).await;
         return gone();

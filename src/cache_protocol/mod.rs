@@ -11,6 +11,7 @@ pub mod blob_digests;
 pub mod content_range;
 mod counters;
 pub mod forgejo;
+pub mod ids;
 pub mod messages;
 pub mod parts;
 pub mod runtime_token;
@@ -39,6 +40,7 @@ use crate::cache_protocol::auth::{
     Access, KeysUnavailable, Owner, Purpose, TokenVerifier, Tokens, URL_LIFETIME, UrlSigner,
 };
 use crate::cache_protocol::forgejo::ForgejoRunner;
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::Store;
 use crate::cache_protocol::turns::{Client, Turns, origin};
 use crate::http::BearerToken;
@@ -201,30 +203,24 @@ impl<S: Store> AppState<S> {
         turns.work(client, request).await
     }
 
-    /// A signed URL for the content numbered `id`, under the host that the client itself used: it
-    /// may know this machine by another name.
-    fn content_url(
-        &self,
-        purpose: Purpose,
-        id: u64,
-        access: &Access,
-        headers: &HeaderMap,
-    ) -> String {
+    /// A signed URL for `purpose`, under the host that the client itself used: it may know this
+    /// machine by another name.
+    fn content_url(&self, purpose: Purpose, access: &Access, headers: &HeaderMap) -> String {
         let expiry = clock::now() + URL_LIFETIME.as_secs();
-        let query = self.signer.query(purpose, id, expiry, access.owner());
+        let query = self.signer.query(purpose, expiry, access.owner());
         let proxied = self
             .authenticator
             .forgejo
             .as_ref()
             .and(ForgejoRunner::base_url(headers));
+        let (kind, id) = match purpose {
+            Purpose::Upload(UploadId(id)) => ("uploads", id),
+            Purpose::Download(EntryId(id)) => ("entries", id),
+        };
         if let Some(base) = proxied {
             // The runner forwards only requests under this path.
             return format!("{base}/_apis/artifactcache/artifacts/{id}?{query}");
         }
-        let kind = match purpose {
-            Purpose::Upload => "uploads",
-            Purpose::Download => "entries",
-        };
         if let Some(base) = &self.public_url {
             return format!("{base}/{kind}/{id}?{query}");
         }

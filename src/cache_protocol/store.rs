@@ -11,6 +11,8 @@ use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tokio::fs::File;
 
+use crate::cache_protocol::ids::{EntryId, UploadId};
+
 /// The longest key, in characters (GitHub's documentation of dependency caching).
 pub const KEY_LIMIT: usize = 512;
 
@@ -50,8 +52,8 @@ pub struct EntryName {
 /// A committed entry. It never changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// The entry's number. Later ones are greater.
-    pub id: u64,
+    /// Its number.
+    pub id: EntryId,
     /// Its name.
     #[serde(flatten)]
     pub name: EntryName,
@@ -196,7 +198,8 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] if the name is taken.
-    fn reserve(&self, name: EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    fn reserve(&self, name: EntryName)
+    -> impl Future<Output = Result<UploadId, StoreError>> + Send;
 
     /// Whether the store accepts an entry of `size` bytes.
     ///
@@ -208,13 +211,19 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    fn upload_of(&self, name: &EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    fn upload_of(
+        &self,
+        name: &EntryName,
+    ) -> impl Future<Output = Result<UploadId, StoreError>> + Send;
 
     /// The name under which `upload` was reserved.
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    fn name_of(&self, upload: u64) -> impl Future<Output = Result<EntryName, StoreError>> + Send;
+    fn name_of(
+        &self,
+        upload: UploadId,
+    ) -> impl Future<Output = Result<EntryName, StoreError>> + Send;
 
     /// Writes at `offset` of `upload`; `truncate` drops everything that was written before.
     ///
@@ -224,7 +233,7 @@ pub trait Store: Send + Sync + 'static {
     /// errors of the stream and of the storage.
     fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -236,7 +245,7 @@ pub trait Store: Send + Sync + 'static {
     /// As [`Store::write`].
     fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
@@ -247,7 +256,7 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::NoSuchBlock`], and those of [`Store::write`].
     fn join_blocks(
         &self,
-        upload: u64,
+        upload: UploadId,
         blocks: Vec<String>,
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
@@ -257,7 +266,7 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::SizeMismatch`] if it has not `size` bytes.
     fn commit(
         &self,
-        upload: u64,
+        upload: UploadId,
         size: u64,
     ) -> impl Future<Output = Result<Entry, StoreError>> + Send;
 
@@ -265,10 +274,10 @@ pub trait Store: Send + Sync + 'static {
     fn find(&self, query: &Query<'_>) -> impl Future<Output = Option<Entry>> + Send;
 
     /// The content of the entry of this number, or `None` if it is gone.
-    fn open(&self, entry: u64) -> impl Future<Output = Option<Content>> + Send;
+    fn open(&self, entry: EntryId) -> impl Future<Output = Option<Content>> + Send;
 
     /// Marks the content of an entry as missing or damaged: the store drops the entry.
-    fn mark_missing(&self, entry: u64) -> impl Future<Output = ()> + Send;
+    fn mark_missing(&self, entry: EntryId) -> impl Future<Output = ()> + Send;
 }
 
 /// A request names keys or a version that no service takes.

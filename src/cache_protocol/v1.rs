@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 
 use crate::cache_protocol::auth::{Access, Purpose};
 use crate::cache_protocol::content_range::ContentRange;
+use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::messages::v1::{
     CommitRequest, FindQuery, FindResponse, ReserveRequest, ReserveResponse,
 };
@@ -149,7 +150,7 @@ async fn find_entry<S: Store>(
         return Ok(StatusCode::NO_CONTENT.into_response());
     };
     shared.counters.hits.inc();
-    let archive_location = shared.content_url(Purpose::Download, entry.id, access, headers);
+    let archive_location = shared.content_url(Purpose::Download(entry.id), access, headers);
     let found = FindResponse {
         cache_key: entry.name.key,
         scope: entry.name.scope.0.to_string(),
@@ -187,18 +188,19 @@ async fn reserve_upload<S: Store>(
         version: request.version,
         key: request.key,
     };
-    let cache_id = shared.store.reserve(name).await.inspect_err(|error| {
+    let upload = shared.store.reserve(name).await.inspect_err(|error| {
         if matches!(error, StoreError::AlreadyExists) {
             shared.counters.conflicts.inc();
         }
     })?;
-    Ok((StatusCode::CREATED, Json(ReserveResponse { cache_id })).into_response())
+    let reserved = ReserveResponse { cache_id: upload.0 };
+    Ok((StatusCode::CREATED, Json(reserved)).into_response())
 }
 
 /// An upload that the sender of the request may write to.
 async fn own_upload<S: Store>(
     shared: &AppState<S>,
-    upload: u64,
+    upload: UploadId,
     access: &Access,
 ) -> Result<(), Refusal> {
     let scope = writable(access)?;
@@ -212,7 +214,7 @@ async fn own_upload<S: Store>(
 /// in any order and at once.
 pub(super) async fn upload<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<UploadId>,
     peer: Peer,
     headers: HeaderMap,
     body: Body,
@@ -224,7 +226,7 @@ pub(super) async fn upload<S: Store>(
 
 async fn upload_piece<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: UploadId,
     access: &Access,
     headers: &HeaderMap,
     body: Body,
@@ -283,7 +285,7 @@ fn exactly(
 /// `POST caches/{id}` with the content's size: makes the upload an entry.
 pub(super) async fn commit<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<UploadId>,
     peer: Peer,
     headers: HeaderMap,
     body: Body,
@@ -295,7 +297,7 @@ pub(super) async fn commit<S: Store>(
 
 async fn commit_upload<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: UploadId,
     access: &Access,
     body: Body,
 ) -> Result<Response, Refusal> {

@@ -281,7 +281,7 @@ async fn create<S: Store>(
     })?;
     Ok(CreateResponse {
         ok: true,
-        signed_upload_url: shared.content_url(Purpose::Upload, upload, access, headers),
+        signed_upload_url: shared.content_url(Purpose::Upload(upload), access, headers),
         message: String::new(),
     })
 }
@@ -299,7 +299,7 @@ async fn finalize<S: Store>(
     shared.counters.commits.inc();
     Ok(FinalizeResponse {
         ok: true,
-        entry_id: i64::try_from(entry.id).unwrap_or(i64::MAX),
+        entry_id: i64::try_from(entry.id.0).unwrap_or(i64::MAX),
         message: String::new(),
     })
 }
@@ -329,7 +329,7 @@ async fn find<S: Store>(
     shared.counters.hits.inc();
     Ok(GetResponse {
         ok: true,
-        signed_download_url: shared.content_url(Purpose::Download, entry.id, access, headers),
+        signed_download_url: shared.content_url(Purpose::Download(entry.id), access, headers),
         matched_key: entry.name.key,
     })
 }

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use sqlx::{Any, Connection, Row, Transaction};
 
+use crate::cache_protocol::ids::{BlobId, EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part};
 use crate::cache_protocol::store::{Entry, EntryName, StoreError};
 use crate::serve::catalog::garbage::{discard_blob, discard_part};
@@ -30,7 +31,7 @@ pub struct Commit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CommitSource {
     /// The upload of this number.
-    Upload(u64),
+    Upload(UploadId),
     /// An upload that the database does not have.
     Unwritten(EntryName, Option<SmallPart>),
 }
@@ -132,7 +133,7 @@ impl Catalog {
             .fetch_optional(&mut **transaction)
             .await?
             .map_or(Ok(0), |row| unsigned(&row, "seq"))?;
-        let contents: Vec<(u64, Bytes)> = own
+        let contents: Vec<(BlobId, Bytes)> = own
             .iter()
             .filter_map(|(_, _, small)| small.map(|small| (small.blob, small.bytes.clone())))
             .collect();
@@ -141,7 +142,7 @@ impl Catalog {
             .zip(&own)
             .map(|(id, (commit, name, small))| CommittedUpload {
                 entry: Entry {
-                    id,
+                    id: EntryId(id),
                     name: (*name).clone(),
                     size: commit.size,
                     created: commit.created,
@@ -233,7 +234,7 @@ async fn without_taken(
 /// Makes an upload of the database's an entry.
 async fn commit_upload(
     transaction: &mut Transaction<'_, Any>,
-    upload: u64,
+    upload: UploadId,
     &Commit {
         size,
         created,
@@ -287,13 +288,13 @@ async fn commit_upload(
     .await?
     .ok_or(StoreError::AlreadyExists)?;
     for unused in &rows {
-        let blob = unsigned(unused, "id")?;
+        let blob = BlobId(unsigned(unused, "id")?);
         if !parts.iter().any(|part| part.blob == blob) {
             discard_part(transaction, unused, now).await?;
         }
     }
     let entry = Entry {
-        id: unsigned(&row, "id")?,
+        id: EntryId(unsigned(&row, "id")?),
         name,
         size,
         created,

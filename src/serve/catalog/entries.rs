@@ -2,6 +2,7 @@
 
 use sqlx::Row;
 
+use crate::cache_protocol::ids::EntryId;
 use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Entry, KEY_LIMIT, Query, StoreError};
 use crate::serve::catalog::Catalog;
@@ -48,7 +49,7 @@ impl Catalog {
                 .await?;
                 if let Some(row) = found {
                     return Ok(Some(Entry {
-                        id: unsigned(&row, "id")?,
+                        id: EntryId(unsigned(&row, "id")?),
                         name: entry_name(&row)?,
                         size: unsigned(&row, "size")?,
                         created: unsigned(&row, "created")?,
@@ -63,7 +64,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn parts_of(&self, entry: u64) -> Result<Option<Vec<Part>>, sqlx::Error> {
+    pub async fn parts_of(&self, entry: EntryId) -> Result<Option<Vec<Part>>, sqlx::Error> {
         let row = sqlx::query("SELECT parts FROM entries WHERE id = $1")
             .bind(number(entry))
             .fetch_optional(&self.read)
@@ -76,7 +77,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn remove_entry(&self, entry: u64, now: u64) -> Result<(), StoreError> {
+    pub async fn remove_entry(&self, entry: EntryId, now: u64) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         let row = sqlx::query("DELETE FROM entries WHERE id = $1 RETURNING size, parts")
             .bind(number(entry))
@@ -93,7 +94,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn record_use(&self, used: &[(u64, u64)]) -> Result<(), StoreError> {
+    pub async fn record_use(&self, used: &[(EntryId, u64)]) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         for (entry, when) in used {
             sqlx::query("UPDATE entries SET used = $2 WHERE id = $1 AND used < $2")

@@ -3,6 +3,7 @@
 use sqlx::any::AnyRow;
 use sqlx::{Any, Row, Transaction};
 
+use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::rows::{decode_parts, is_inside, number, unsigned};
 use crate::serve::catalog::{Catalog, SWEEP_ROWS};
@@ -12,21 +13,23 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn garbage(&self, until: u64) -> Result<Vec<u64>, sqlx::Error> {
+    pub async fn garbage(&self, until: u64) -> Result<Vec<BlobId>, sqlx::Error> {
         let rows =
             sqlx::query("SELECT blob FROM garbage WHERE since <= $1 ORDER BY since LIMIT $2")
                 .bind(number(until))
                 .bind(SWEEP_ROWS)
                 .fetch_all(&self.read)
                 .await?;
-        rows.iter().map(|row| unsigned(row, "blob")).collect()
+        rows.iter()
+            .map(|row| unsigned(row, "blob").map(BlobId))
+            .collect()
     }
 
     /// Forgets blobs that were deleted.
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn forget_garbage(&self, blobs: &[u64]) -> Result<(), StoreError> {
+    pub async fn forget_garbage(&self, blobs: &[BlobId]) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         for blob in blobs {
             sqlx::query("DELETE FROM garbage WHERE blob = $1")
@@ -41,7 +44,7 @@ impl Catalog {
 
 pub(super) async fn mark_garbage(
     transaction: &mut Transaction<'_, Any>,
-    blob: u64,
+    blob: BlobId,
     now: u64,
 ) -> Result<(), sqlx::Error> {
     sqlx::query("INSERT INTO garbage (blob, since) VALUES ($1, $2) ON CONFLICT (blob) DO NOTHING")
@@ -56,7 +59,7 @@ pub(super) async fn mark_garbage(
 /// single statement.
 pub(super) async fn discard_blob(
     transaction: &mut Transaction<'_, Any>,
-    blob: u64,
+    blob: BlobId,
     inside: bool,
     now: u64,
 ) -> Result<(), sqlx::Error> {
@@ -76,12 +79,18 @@ pub(super) async fn discard_part(
     row: &AnyRow,
     now: u64,
 ) -> Result<(), sqlx::Error> {
-    discard_blob(transaction, unsigned(row, "id")?, is_inside(row)?, now).await
+    discard_blob(
+        transaction,
+        BlobId(unsigned(row, "id")?),
+        is_inside(row)?,
+        now,
+    )
+    .await
 }
 
 pub(super) async fn discard_parts_of(
     transaction: &mut Transaction<'_, Any>,
-    upload: u64,
+    upload: UploadId,
     now: u64,
 ) -> Result<(), sqlx::Error> {
     let parts = sqlx::query("DELETE FROM parts WHERE upload = $1 RETURNING id, inside")

@@ -4,6 +4,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use crate::cache_protocol::blob_digests::Digests;
+use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::parts::{Part, ReceivedPart};
 use crate::cache_protocol::store::{EntryName, StoreError};
 
@@ -12,8 +13,8 @@ use crate::cache_protocol::store::{EntryName, StoreError};
 const ROWS: [usize; 7] = [64, 32, 16, 8, 4, 2, 1];
 
 /// A number as the databases have them. Ids, sizes and times stay far below.
-pub(super) fn number(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
+pub(super) fn number(value: impl Into<u64>) -> i64 {
+    i64::try_from(value.into()).unwrap_or(i64::MAX)
 }
 
 pub(super) fn unsigned(row: &AnyRow, column: &str) -> Result<u64, sqlx::Error> {
@@ -49,7 +50,7 @@ pub(super) fn received(row: &AnyRow) -> Result<Option<ReceivedPart>, sqlx::Error
     let size: Option<i64> = row.try_get("size")?;
     let Some(size) = size else { return Ok(None) };
     Ok(Some(ReceivedPart {
-        blob: unsigned(row, "id")?,
+        blob: BlobId(unsigned(row, "id")?),
         block: row.try_get("block")?,
         start: unsigned(row, "start")?,
         size: u64::try_from(size).unwrap_or(0),

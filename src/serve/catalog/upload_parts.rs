@@ -5,6 +5,7 @@ use bytes::Bytes;
 use sqlx::{Any, Executor, Row, Transaction};
 
 use crate::cache_protocol::blob_digests::Digests;
+use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::parts::{self, Part, ReceivedPart};
 use crate::cache_protocol::store::{PARTS_LIMIT, StoreError};
 use crate::serve::blob_store::WrittenBlob;
@@ -16,7 +17,7 @@ use crate::serve::catalog::rows::{encode, in_steps, number, placeholders, receiv
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BegunPart {
     /// The number of its blob.
-    pub blob: u64,
+    pub blob: BlobId,
     /// Whether its upload has no other so far, and no list of blocks.
     pub is_first: bool,
     /// The bytes of its upload's other parts, without those that this part replaces.
@@ -27,7 +28,7 @@ pub struct BegunPart {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FinishedPart {
     /// The number of its blob.
-    pub blob: u64,
+    pub blob: BlobId,
     /// The size and digests of its content.
     pub content: WrittenBlob,
     /// Its bytes, if they are to be in the database and nowhere else.
@@ -51,7 +52,7 @@ pub enum Replaces {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SmallPart {
     /// The number of its blob.
-    pub blob: u64,
+    pub blob: BlobId,
     /// Its bytes.
     pub bytes: Bytes,
     /// Their digests.
@@ -82,7 +83,7 @@ impl Catalog {
     /// [`StoreError::NoSuchUpload`] if there is none, [`StoreError::TooManyParts`].
     pub async fn begin_part(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: Option<&str>,
         start: u64,
         now: u64,
@@ -106,7 +107,7 @@ impl Catalog {
         .fetch_optional(&self.write)
         .await?
         .ok_or(StoreError::NoSuchUpload)?;
-        let (blob, others) = (unsigned(&row, "id")?, unsigned(&row, "others")?);
+        let (blob, others) = (BlobId(unsigned(&row, "id")?), unsigned(&row, "others")?);
         if others >= PARTS_LIMIT {
             self.abandon_part(blob).await?;
             return Err(StoreError::TooManyParts);
@@ -122,7 +123,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn heartbeat(&self, blob: u64, now: u64) -> Result<(), StoreError> {
+    pub async fn heartbeat(&self, blob: BlobId, now: u64) -> Result<(), StoreError> {
         sqlx::query("UPDATE parts SET used = $2 WHERE id = $1")
             .bind(number(blob))
             .bind(number(now))
@@ -138,7 +139,7 @@ impl Catalog {
     /// [`StoreError::NoSuchUpload`] if the upload is gone by now.
     pub async fn finish_part(
         &self,
-        upload: u64,
+        upload: UploadId,
         part: &FinishedPart,
         now: u64,
     ) -> Result<u64, StoreError> {
@@ -193,7 +194,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn abandon_part(&self, blob: u64) -> Result<(), StoreError> {
+    pub async fn abandon_part(&self, blob: BlobId) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         sqlx::query("DELETE FROM parts WHERE id = $1")
             .bind(number(blob))
@@ -212,7 +213,7 @@ impl Catalog {
     /// [`StoreError::NoSuchBlock`], [`StoreError::NoSuchUpload`], [`StoreError::TooLarge`].
     pub async fn join_blocks(
         &self,
-        upload: u64,
+        upload: UploadId,
         blocks: &[String],
         limit: u64,
         now: u64,
@@ -248,7 +249,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn contents(&self, blobs: &[u64]) -> Result<Vec<(u64, Bytes)>, sqlx::Error> {
+    pub async fn contents(&self, blobs: &[BlobId]) -> Result<Vec<(BlobId, Bytes)>, sqlx::Error> {
         let mut contents = Vec::with_capacity(blobs.len());
         for blobs in in_steps(blobs) {
             let query = format!(
@@ -261,7 +262,10 @@ impl Catalog {
             }
             for row in query.fetch_all(&self.quick).await? {
                 let content: &[u8] = row.try_get("content")?;
-                contents.push((unsigned(&row, "blob")?, Bytes::copy_from_slice(content)));
+                contents.push((
+                    BlobId(unsigned(&row, "blob")?),
+                    Bytes::copy_from_slice(content),
+                ));
             }
         }
         Ok(contents)
@@ -278,7 +282,7 @@ impl Catalog {
             .fetch_all(&mut *transaction)
             .await?;
         for row in &parts {
-            mark_garbage(&mut transaction, unsigned(row, "id")?, 0).await?;
+            mark_garbage(&mut transaction, BlobId(unsigned(row, "id")?), 0).await?;
         }
         transaction.commit().await?;
         Ok(parts.len() as u64)
@@ -306,7 +310,7 @@ async fn record_finish(
 
 pub(super) async fn insert_contents(
     transaction: &mut Transaction<'_, Any>,
-    contents: &[(u64, Bytes)],
+    contents: &[(BlobId, Bytes)],
 ) -> Result<(), sqlx::Error> {
     for contents in in_steps(contents) {
         let query = format!(

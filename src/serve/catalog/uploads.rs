@@ -2,6 +2,7 @@
 
 use sqlx::{Any, Connection, Executor};
 
+use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::garbage::{discard_part, discard_parts_of};
@@ -12,7 +13,7 @@ use crate::serve::catalog::upload_parts::{SmallPart, insert_contents};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unwritten {
     /// Its number.
-    pub upload: u64,
+    pub upload: UploadId,
     /// The name under which it was reserved.
     pub name: EntryName,
     /// When it was used last.
@@ -43,7 +44,7 @@ impl Catalog {
         name: &EntryName,
         now: u64,
         abandoned: u64,
-    ) -> Result<u64, StoreError> {
+    ) -> Result<UploadId, StoreError> {
         if let Some(upload) = insert_upload(&self.write, name, now).await? {
             return Ok(upload);
         }
@@ -62,7 +63,7 @@ impl Catalog {
         let Some(given_up) = given_up else {
             return Err(StoreError::AlreadyExists);
         };
-        discard_parts_of(&mut transaction, unsigned(&given_up, "id")?, now).await?;
+        discard_parts_of(&mut transaction, UploadId(unsigned(&given_up, "id")?), now).await?;
         let upload = insert_upload(&mut *transaction, name, now)
             .await?
             .ok_or(StoreError::AlreadyExists)?;
@@ -74,7 +75,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    pub async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
+    pub async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         let row =
             sqlx::query("SELECT id FROM uploads WHERE scope = $1 AND version = $2 AND key = $3")
                 .bind(name.scope.0.to_string())
@@ -82,14 +83,15 @@ impl Catalog {
                 .bind(name.key.as_str())
                 .fetch_optional(&self.read)
                 .await?;
-        Ok(unsigned(&row.ok_or(StoreError::NoSuchUpload)?, "id")?)
+        let row = row.ok_or(StoreError::NoSuchUpload)?;
+        Ok(UploadId(unsigned(&row, "id")?))
     }
 
     /// The name under which `upload` was reserved.
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    pub async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
+    pub async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
         let row = sqlx::query("SELECT scope, version, key FROM uploads WHERE id = $1")
             .bind(number(upload))
             .fetch_optional(&self.read)
@@ -149,7 +151,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn take_numbers(&self, count: u64) -> Result<(u64, u64), sqlx::Error> {
+    pub async fn take_numbers(&self, count: u64) -> Result<(UploadId, BlobId), sqlx::Error> {
         let mut connection = self.write.acquire().await?;
         let mut transaction = connection.begin().await?;
         let mut first = [0, 0];
@@ -175,7 +177,7 @@ impl Catalog {
             *first = last.saturating_sub(count) + 1;
         }
         transaction.commit().await?;
-        Ok((first[0], first[1]))
+        Ok((UploadId(first[0]), BlobId(first[1])))
     }
 
     /// Persists uploads that the database does not have.
@@ -235,7 +237,7 @@ impl Catalog {
         .await?;
         for row in uploads {
             count += 1;
-            discard_parts_of(&mut transaction, unsigned(&row, "id")?, now).await?;
+            discard_parts_of(&mut transaction, UploadId(unsigned(&row, "id")?), now).await?;
         }
         // These parts were begun at the moment when their upload was committed, and their writer
         // was killed then.
@@ -258,7 +260,7 @@ async fn insert_upload(
     executor: impl Executor<'_, Database = Any>,
     name: &EntryName,
     now: u64,
-) -> Result<Option<u64>, sqlx::Error> {
+) -> Result<Option<UploadId>, sqlx::Error> {
     let row = sqlx::query(
         "INSERT INTO uploads (scope, version, key, used) \
          SELECT CAST($1 AS TEXT), CAST($2 AS TEXT), CAST($3 AS TEXT), CAST($4 AS BIGINT) \
@@ -272,5 +274,6 @@ async fn insert_upload(
     .bind(number(now))
     .fetch_optional(executor)
     .await?;
-    row.map(|row| unsigned(&row, "id")).transpose()
+    row.map(|row| unsigned(&row, "id").map(UploadId))
+        .transpose()
 }

@@ -6,13 +6,14 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
 
 use crate::cache_protocol::azure_blob::is_missing;
+use crate::cache_protocol::ids::EntryId;
 use crate::cache_protocol::store::{Bytestream, RangeRead, Store};
 use crate::serve::blob_store::StoredContent;
 use crate::serve::entry_store::EntryStore;
 
 impl EntryStore {
     /// Drops an entry whose content was missing or changed when it was read.
-    fn drop_missing(&self, entry: u64) {
+    fn drop_missing(&self, entry: EntryId) {
         let store = self.clone();
         tokio::spawn(async move { store.mark_missing(entry).await });
     }
@@ -22,7 +23,7 @@ impl EntryStore {
 #[derive(Debug)]
 pub(super) struct WatchedContent {
     pub(super) store: EntryStore,
-    pub(super) entry: u64,
+    pub(super) entry: EntryId,
     pub(super) parts: StoredContent,
 }
 

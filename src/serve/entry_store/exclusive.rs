@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tracing::warn;
 
+use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::serve::batch::Batcher;
 use crate::serve::catalog::{Catalog, Commit, CommittedUpload, NameStatus};
@@ -30,7 +31,7 @@ pub(super) struct ExclusiveState {
     pub(super) leaving: tokio::sync::Mutex<()>,
     pub(super) numbers: NumberPool,
     pub(super) names: Batcher<EntryName, Result<NameStatus, Arc<sqlx::Error>>>,
-    pub(super) commits: Batcher<(Option<u64>, Commit), Result<CommittedUpload, StoreError>>,
+    pub(super) commits: Batcher<(Option<UploadId>, Commit), Result<CommittedUpload, StoreError>>,
     pub(super) found: LookupCache,
 }
 
@@ -52,7 +53,7 @@ impl ExclusiveState {
         let commits = {
             let (catalog, held) = (catalog.clone(), held.clone());
             let log = WalTracker::default();
-            move |asked: Vec<(Option<u64>, Commit)>| {
+            move |asked: Vec<(Option<UploadId>, Commit)>| {
                 let (catalog, held, log) = (catalog.clone(), held.clone(), log.clone());
                 let (ours, commits): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
                 async move {

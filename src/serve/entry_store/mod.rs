@@ -29,6 +29,7 @@ use tokio::sync::Notify;
 use tracing::warn;
 
 use crate::cache_protocol::auth::UrlSigner;
+use crate::cache_protocol::ids::EntryId;
 use crate::cache_protocol::parts::Part;
 use crate::serve::blob_store::BlobStore;
 use crate::serve::catalog::{Catalog, Moments, Totals};
@@ -70,9 +71,9 @@ struct StoreInner {
     time: StoreTime,
     signing_key: [u8; 32],
     /// Entries do not change, so cached parts stay valid until their entry is removed.
-    parts: Cache<u64, Arc<[Part]>>,
+    parts: Cache<EntryId, Arc<[Part]>>,
     /// When entries were used, as far as the database does not know.
-    recent_uses: Mutex<HashMap<u64, u64>>,
+    recent_uses: Mutex<HashMap<EntryId, u64>>,
     /// The bytes received since the last sweep.
     received: AtomicU64,
     /// Says that a sweep should not wait for its time.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
 use crate::serve::entry_store::lock;
@@ -18,13 +19,25 @@ pub(super) struct NumberPool {
 }
 
 #[derive(Default)]
-pub(super) struct NumberRanges {
-    pub(super) uploads: Range<u64>,
-    pub(super) blobs: Range<u64>,
+struct NumberRanges {
+    uploads: Range<u64>,
+    blobs: Range<u64>,
 }
 
 impl NumberPool {
-    pub(super) async fn take(
+    /// A number for an upload.
+    pub(super) async fn upload(&self, catalog: &Catalog) -> Result<UploadId, StoreError> {
+        let number = self.take(catalog, |left| &mut left.uploads).await?;
+        Ok(UploadId(number))
+    }
+
+    /// A number for a blob.
+    pub(super) async fn blob(&self, catalog: &Catalog) -> Result<BlobId, StoreError> {
+        let number = self.take(catalog, |left| &mut left.blobs).await?;
+        Ok(BlobId(number))
+    }
+
+    async fn take(
         &self,
         catalog: &Catalog,
         kind: impl Fn(&mut NumberRanges) -> &mut Range<u64>,
@@ -35,7 +48,8 @@ impl NumberPool {
             }
             let _taking = self.taking.lock().await;
             if kind(&mut lock(&self.left)).is_empty() {
-                let (uploads, blobs) = catalog.take_numbers(NUMBERS_PER_CLAIM).await?;
+                let (UploadId(uploads), BlobId(blobs)) =
+                    catalog.take_numbers(NUMBERS_PER_CLAIM).await?;
                 *lock(&self.left) = NumberRanges {
                     uploads: uploads..uploads + NUMBERS_PER_CLAIM,
                     blobs: blobs..blobs + NUMBERS_PER_CLAIM,

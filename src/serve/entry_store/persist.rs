@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
+use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::entry_store::store_time::milliseconds;
 use crate::serve::entry_store::{EntryStore, StoreInner};
@@ -15,7 +16,11 @@ const MEMORY_ONLY: Duration = Duration::from_secs(1);
 
 impl EntryStore {
     /// Persists uploads that were last used at `until` or before, or the one in `only`.
-    pub(super) async fn persist(&self, until: u64, only: Option<u64>) -> Result<(), StoreError> {
+    pub(super) async fn persist(
+        &self,
+        until: u64,
+        only: Option<UploadId>,
+    ) -> Result<(), StoreError> {
         if self.inner.exclusive.is_none() {
             return Ok(());
         }
@@ -42,7 +47,7 @@ impl EntryStore {
 
     /// Persists one upload that a request needs in the database, and makes room for it if the
     /// disk is full.
-    pub(super) async fn persist_one(&self, upload: u64) -> Result<(), StoreError> {
+    pub(super) async fn persist_one(&self, upload: UploadId) -> Result<(), StoreError> {
         let written = self.persist(0, Some(upload)).await;
         if self.made_room_for(written.as_ref().err()).await {
             self.persist(0, Some(upload)).await

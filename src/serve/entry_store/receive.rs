@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use tracing::warn;
 
+use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::{Chunk, StoreError};
 use crate::serve::blob_store::{Gathered, WrittenBlob, digests_of_all, gather};
 use crate::serve::catalog::{BegunPart, FinishedPart, Replaces, SmallPart};
@@ -29,7 +30,7 @@ impl EntryStore {
     /// that has its size.
     pub(super) async fn receive(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: Option<&str>,
         (start, truncate): (u64, bool),
         pieces: impl Stream<Item = Chunk> + Send,
@@ -64,9 +65,7 @@ impl EntryStore {
             Gathered::All(all) => {
                 let numbers = &exclusive.numbers;
                 let small = SmallPart {
-                    blob: numbers
-                        .take(&self.inner.catalog, |left| &mut left.blobs)
-                        .await?,
+                    blob: numbers.blob(&self.inner.catalog).await?,
                     digests: digests_of_all(&all),
                     bytes: all,
                 };
@@ -101,7 +100,7 @@ impl EntryStore {
     /// Otherwise the database has the upload from now on, if there is one.
     pub(super) async fn begin_write(
         &self,
-        upload: u64,
+        upload: UploadId,
         may_be_held: bool,
     ) -> Result<Option<(HeldWrite, &ExclusiveState)>, StoreError> {
         let Some(exclusive) = &self.inner.exclusive else {
@@ -122,7 +121,7 @@ impl EntryStore {
 
     async fn begin_part(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: Option<&str>,
         start: u64,
     ) -> Result<BegunPart, StoreError> {
@@ -139,10 +138,10 @@ impl EntryStore {
     /// Receives a part that the database knows of. Its blob is in `unfinished` until this ends.
     async fn receive_part(
         &self,
-        upload: u64,
+        upload: UploadId,
         begun: &BegunPart,
         truncate: bool,
-        unfinished: &mut Option<u64>,
+        unfinished: &mut Option<BlobId>,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
         let inner = &*self.inner;
@@ -192,7 +191,7 @@ impl EntryStore {
         Err(if full { StoreError::Full } else { error })
     }
 
-    async fn finish_part(&self, upload: u64, part: &FinishedPart) -> Result<(), StoreError> {
+    async fn finish_part(&self, upload: UploadId, part: &FinishedPart) -> Result<(), StoreError> {
         let inner = &*self.inner;
         let now = inner.time.now();
         let ended = inner.catalog.finish_part(upload, part, now).await;
@@ -258,7 +257,7 @@ impl EntryStore {
     /// `pieces`, with a heartbeat in the database from time to time.
     fn with_heartbeat<'a>(
         &'a self,
-        blob: u64,
+        blob: BlobId,
         pieces: impl Stream<Item = Chunk> + Send + 'a,
     ) -> impl Stream<Item = Chunk> + Send + 'a {
         let inner = &*self.inner;
@@ -292,7 +291,7 @@ impl EntryStore {
 
     /// Gives up a part that broke off. Nobody reads uncommitted content, so the next sweep deletes
     /// its bytes.
-    async fn give_up(&self, blob: u64) {
+    async fn give_up(&self, blob: BlobId) {
         let dropped = self.inner.catalog.abandon_part(blob).await;
         let dropped = if self.made_room_for(dropped.as_ref().err()).await {
             self.inner.catalog.abandon_part(blob).await
@@ -312,7 +311,7 @@ struct ReceivingPart {
     /// The bytes that came so far.
     bytes: u64,
     /// Its blob, as long as it is unfinished.
-    unfinished: Option<u64>,
+    unfinished: Option<BlobId>,
 }
 
 impl Drop for ReceivingPart {

@@ -6,6 +6,7 @@ use futures_util::Stream;
 use tracing::{error, warn};
 
 use crate::cache_protocol::azure_blob::is_missing;
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
 use crate::serve::blob_store::StoredContent;
@@ -19,7 +20,7 @@ use crate::serve::uploads_in_memory::UploadLocation;
 
 impl EntryStore {
     /// Reserves a name, in memory if possible.
-    async fn reserve_once(&self, name: &EntryName) -> Result<u64, StoreError> {
+    async fn reserve_once(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         let StoreInner {
             catalog, exclusive, ..
         } = &*self.inner;
@@ -28,7 +29,7 @@ impl EntryStore {
             return catalog.reserve(name, now, abandoned).await;
         };
         let numbers = &exclusive.numbers;
-        let upload = numbers.take(catalog, |left| &mut left.uploads).await?;
+        let upload = numbers.upload(catalog).await?;
         let (reserving, given_up) = exclusive.held.reserve(name, upload, now, abandoned)?;
         self.subtract_finished(given_up);
         let taken = exclusive.names.ask(name.clone()).await.ok_or_else(closed)?;
@@ -44,7 +45,11 @@ impl EntryStore {
     }
 
     /// Makes an upload an entry, wherever it is.
-    async fn commit_once(&self, upload: u64, size: u64) -> Result<CommittedUpload, StoreError> {
+    async fn commit_once(
+        &self,
+        upload: UploadId,
+        size: u64,
+    ) -> Result<CommittedUpload, StoreError> {
         let mut commit = Commit {
             what: CommitSource::Upload(upload),
             size,
@@ -79,7 +84,7 @@ impl EntryStore {
 }
 
 impl Store for EntryStore {
-    async fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
+    async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
         let reserved = self.reserve_once(&name).await;
         if self.made_room_for(reserved.as_ref().err()).await {
             self.reserve_once(&name).await
@@ -96,7 +101,7 @@ impl Store for EntryStore {
         Ok(())
     }
 
-    async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
+    async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         let exclusive = self.inner.exclusive.as_ref();
         match exclusive.and_then(|exclusive| exclusive.held.upload_of(name)) {
             Some(upload) => Ok(upload),
@@ -104,7 +109,7 @@ impl Store for EntryStore {
         }
     }
 
-    async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
+    async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
         let exclusive = self.inner.exclusive.as_ref();
         match exclusive.and_then(|exclusive| exclusive.held.name_of(upload)) {
             Some(name) => Ok(name),
@@ -114,7 +119,7 @@ impl Store for EntryStore {
 
     async fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -124,14 +129,14 @@ impl Store for EntryStore {
 
     async fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
         self.receive(upload, Some(block), (0, false), pieces).await
     }
 
-    async fn join_blocks(&self, upload: u64, blocks: Vec<String>) -> Result<(), StoreError> {
+    async fn join_blocks(&self, upload: UploadId, blocks: Vec<String>) -> Result<(), StoreError> {
         let StoreInner {
             catalog,
             limits,
@@ -152,7 +157,7 @@ impl Store for EntryStore {
         }
     }
 
-    async fn commit(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
+    async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
         self.check_size(size)?;
         let found = self
             .inner
@@ -210,7 +215,7 @@ impl Store for EntryStore {
         }
     }
 
-    async fn open(&self, entry: u64) -> Option<Content> {
+    async fn open(&self, entry: EntryId) -> Option<Content> {
         let parts = match self.inner.parts.get(&entry) {
             Some(parts) => parts,
             None => match self.inner.catalog.parts_of(entry).await {
@@ -249,10 +254,10 @@ impl Store for EntryStore {
         })))
     }
 
-    async fn mark_missing(&self, entry: u64) {
+    async fn mark_missing(&self, entry: EntryId) {
         self.inner.parts.invalidate(&entry);
         warn!(
-            entry,
+            %entry,
             "the content of an entry is gone or changed; the entry is dropped"
         );
         let now = self.inner.time.now();

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
+use crate::cache_protocol::ids::EntryId;
 use crate::serve::entry_store::{EntryStore, lock};
 
 /// How often the uses of entries are recorded in the database. A service that is killed loses those
@@ -23,7 +24,7 @@ impl EntryStore {
             Ok(time) => self.inner.time.catch_up(time),
             Err(error) => warn!(cause = error.cause(), "cannot record the time"),
         }
-        let used: Vec<(u64, u64)> = lock(&self.inner.recent_uses).drain().collect();
+        let used: Vec<(EntryId, u64)> = lock(&self.inner.recent_uses).drain().collect();
         if used.is_empty() {
             return;
         }
@@ -40,7 +41,7 @@ impl EntryStore {
         }
     }
 
-    pub(super) fn used(&self, entry: u64) {
+    pub(super) fn used(&self, entry: EntryId) {
         let now = self.inner.time.now();
         let mut recent_uses = lock(&self.inner.recent_uses);
         if recent_uses.len() < MAX_RECENT_USES || recent_uses.contains_key(&entry) {
