@@ -11,7 +11,6 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LAST_MODIFIED, RANGE,
-    RETRY_AFTER,
 };
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -23,7 +22,7 @@ use tokio_util::io::ReaderStream;
 use crate::cache_protocol::auth::{Owner, Purpose};
 use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, PARTS_LIMIT, Store, StoreError};
-use crate::cache_protocol::{AppState, Peer, RETRY_AFTER_SECONDS};
+use crate::cache_protocol::{AppState, Peer, with_retry_after};
 use crate::clock;
 
 /// The longest block list, in bytes: Azure's 50,000 blocks with names of 64 bytes.
@@ -165,28 +164,8 @@ fn bad_request(message: &str) -> Response {
 
 fn upload_refused(error: &StoreError) -> Response {
     error.log();
-    let (status, code) = match error {
-        StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "BlobNotFound"),
-        StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
-        StoreError::NoSuchBlock => (StatusCode::BAD_REQUEST, "InvalidBlockList"),
-        StoreError::AlreadyExists
-        | StoreError::Busy
-        | StoreError::SizeMismatch { .. }
-        | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
-        StoreError::TooManyParts => (StatusCode::CONFLICT, "BlockCountExceedsLimit"),
-        StoreError::Full => (StatusCode::SERVICE_UNAVAILABLE, "ServerBusy"),
-        StoreError::Crowded { .. } => (StatusCode::INSUFFICIENT_STORAGE, "InsufficientStorage"),
-        StoreError::Io(_) | StoreError::Backend(_) => {
-            (StatusCode::INTERNAL_SERVER_ERROR, "InternalError")
-        }
-    };
-    let answer = refusal(status, code, &error.to_string());
-    match status {
-        StatusCode::SERVICE_UNAVAILABLE => {
-            ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response()
-        }
-        _ => answer,
-    }
+    let (status, code) = error.answers().azure_blob;
+    with_retry_after(refusal(status, code, &error.to_string()))
 }
 
 fn pieces<S: Store>(

@@ -16,6 +16,7 @@ pub mod messages;
 pub mod parts;
 pub mod runtime_token;
 pub mod store;
+mod store_error;
 pub mod temporary;
 pub mod turns;
 mod v1;
@@ -28,9 +29,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Router;
 use axum::extract::{ConnectInfo, FromRequestParts};
-use axum::http::HeaderMap;
-use axum::http::header::{AUTHORIZATION, HOST};
+use axum::http::header::{AUTHORIZATION, HOST, RETRY_AFTER};
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, patch, post};
 
 pub use crate::cache_protocol::counters::{Counters, Snapshot};
@@ -119,6 +121,16 @@ enum AuthError {
 /// How long a client should wait, in seconds, if the service cannot answer now but may soon: the
 /// value of the header `Retry-After`.
 const RETRY_AFTER_SECONDS: &str = "1";
+
+/// `answer` as a response, which says when to ask again if the service cannot answer now.
+fn with_retry_after(answer: impl IntoResponse) -> Response {
+    let mut answer = answer.into_response();
+    if answer.status() == StatusCode::SERVICE_UNAVAILABLE {
+        let seconds = HeaderValue::from_static(RETRY_AFTER_SECONDS);
+        answer.headers_mut().insert(RETRY_AFTER, seconds);
+    }
+    answer
+}
 
 /// The address of the client, if the service was told to record it.
 #[derive(Clone, Copy, Debug)]

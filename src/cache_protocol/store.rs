@@ -13,6 +13,8 @@ use tokio::fs::File;
 
 use crate::cache_protocol::ids::{EntryId, UploadId};
 
+pub use crate::cache_protocol::store_error::StoreError;
+
 /// The longest key, in characters (GitHub's documentation of dependency caching).
 pub const KEY_LIMIT: usize = 512;
 
@@ -72,76 +74,6 @@ pub struct Query<'a> {
     pub version: &'a str,
     /// The keys to look for, best first.
     pub keys: &'a [&'a str],
-}
-
-/// The reason why a storage refused or failed.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// There is an entry of this name, or one is being uploaded.
-    #[error("cache entry with the same key, version, and scope already exists")]
-    AlreadyExists,
-    /// No entry of this name or number is being uploaded.
-    #[error("there is no such upload")]
-    NoSuchUpload,
-    /// The upload is being written or committed right now.
-    #[error("the upload is still being written")]
-    Busy,
-    /// The upload is not as long as its client claims.
-    #[error("the upload has {actual} bytes, not {claimed}")]
-    SizeMismatch {
-        /// The number of bytes that were received.
-        actual: u64,
-        /// The number of bytes that the client claims.
-        claimed: u64,
-    },
-    /// The upload names a block that was not uploaded.
-    #[error("the block list names a block that was not uploaded")]
-    NoSuchBlock,
-    /// The entry is larger than the service takes.
-    #[error("a cache entry may have at most {limit} bytes")]
-    TooLarge {
-        /// The limit in bytes.
-        limit: u64,
-    },
-    /// There is no room on the disk. Some is being made, so a later try may do better.
-    #[error("the storage is full; try again")]
-    Full,
-    /// Received but uncommitted content takes up as much as it may.
-    #[error("uncommitted uploads take more than {limit} bytes; commit some or wait")]
-    Crowded {
-        /// The limit in bytes.
-        limit: u64,
-    },
-    /// The upload has reached the limit of parts.
-    #[error("an upload may have at most {PARTS_LIMIT} blocks or pieces")]
-    TooManyParts,
-    /// The client broke off.
-    #[error("the request ended early: {0}")]
-    Interrupted(String),
-    /// The storage itself failed. Clients get no details; the log has them.
-    #[error("the storage failed")]
-    Io(#[from] io::Error),
-    /// A database or another service that the storage is on failed.
-    #[error("the storage failed")]
-    Backend(#[source] Box<dyn std::error::Error + Send + Sync>),
-}
-
-impl StoreError {
-    /// The text for the log; for errors of the storage it has more details than clients get.
-    pub fn cause(&self) -> String {
-        match self {
-            Self::Io(error) => error.to_string(),
-            Self::Backend(error) => error.to_string(),
-            error => error.to_string(),
-        }
-    }
-
-    /// Logs it if the storage is to blame and not the client.
-    pub fn log(&self) {
-        if matches!(self, Self::Io(_) | Self::Backend(_)) {
-            tracing::error!(cause = self.cause(), "a request failed");
-        }
-    }
 }
 
 /// An entry's content.

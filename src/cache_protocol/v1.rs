@@ -8,7 +8,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Path, Query as UrlQuery, State};
-use axum::http::header::{CONTENT_RANGE, RETRY_AFTER};
+use axum::http::header::CONTENT_RANGE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
@@ -24,7 +24,7 @@ use crate::cache_protocol::messages::v1::{
 use crate::cache_protocol::store::{
     Chunk, EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
 };
-use crate::cache_protocol::{AppState, AuthError, Peer, RETRY_AFTER_SECONDS};
+use crate::cache_protocol::{AppState, AuthError, Peer, with_retry_after};
 
 /// The longest request without content, in bytes.
 const REQUEST_LIMIT: usize = 64 * 1024;
@@ -48,12 +48,7 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let status = self.status;
-        let answer = (status, Json(self)).into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            return ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response();
-        }
-        answer
+        with_retry_after((self.status, Json(self)))
     }
 }
 
@@ -70,20 +65,7 @@ impl From<AuthError> for Refusal {
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         error.log();
-        let status = match error {
-            StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
-            StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
-            // `@actions/cache` shows the message of status 400 only (`reserveCache`).
-            StoreError::TooLarge { .. }
-            | StoreError::SizeMismatch { .. }
-            | StoreError::NoSuchBlock
-            | StoreError::TooManyParts
-            | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
-            StoreError::Full => StatusCode::SERVICE_UNAVAILABLE,
-            StoreError::Crowded { .. } => StatusCode::INSUFFICIENT_STORAGE,
-            StoreError::Io(_) | StoreError::Backend(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, error)
+        Self::new(error.answers().v1, error)
     }
 }
 
