@@ -4,7 +4,7 @@
 //! Each part stays as it came, as a blob of its own that never changes, and an entry is a list of
 //! them. So a commit moves no bytes, whatever the entry's size and wherever its blobs are.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -153,6 +153,17 @@ fn pieces(received: &[ReceivedPart]) -> Vec<Part> {
         end = end.saturating_add(part.size);
     }
     parts
+}
+
+/// The parts of `received` that are not in `parts`: what was replaced, left out or is behind a gap.
+pub fn unused<'a>(
+    received: &'a [ReceivedPart],
+    parts: &[Part],
+) -> impl Iterator<Item = &'a ReceivedPart> + use<'a> {
+    let named: HashSet<BlobId> = parts.iter().map(|part| part.blob).collect();
+    received
+        .iter()
+        .filter(move |part| !named.contains(&part.blob))
 }
 
 /// The size of `parts` in bytes.
@@ -305,6 +316,20 @@ mod tests {
             listed(&received, &list(&["a", "c"])),
             Err(StoreError::NoSuchBlock)
         ));
+    }
+
+    #[test]
+    fn what_is_replaced_or_left_out_is_unused() {
+        let received = [
+            piece(1, 0, 3),
+            piece(2, 0, 3),
+            block(3, "a", 1),
+            piece(4, 3, 0),
+        ];
+        let parts = content(&received, None, 3).unwrap();
+        let left: Vec<u64> = unused(&received, &parts).map(|part| part.blob.0).collect();
+        assert_eq!(left, [1, 3, 4]);
+        assert_eq!(unused(&received, &[]).count(), received.len());
     }
 
     proptest! {

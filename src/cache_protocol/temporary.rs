@@ -354,11 +354,7 @@ impl Store for TemporaryStore {
             .remove(&upload)
             .ok_or(StoreError::NoSuchUpload)?;
         state.reserved.remove(&known.name);
-        let unused = known
-            .received
-            .iter()
-            .map(|part| part.blob)
-            .filter(|blob| parts.iter().all(|part| part.blob != *blob));
+        let unused = parts::unused(&known.received, &parts).map(|part| part.blob);
         remove(&self.inner.folder, unused);
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)

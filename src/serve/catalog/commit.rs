@@ -263,10 +263,11 @@ async fn commit_upload(
     .fetch_all(&mut **transaction)
     .await?;
     let mut known = Vec::with_capacity(rows.len());
+    let mut given_up = Vec::new();
     for row in &rows {
         match received(row)? {
             Some(part) => known.push(part),
-            None if unsigned(row, "used")? < abandoned => {}
+            None if unsigned(row, "used")? < abandoned => given_up.push(row),
             None => return Err(StoreError::Busy),
         }
     }
@@ -287,11 +288,11 @@ async fn commit_upload(
     .fetch_optional(&mut **transaction)
     .await?
     .ok_or(StoreError::AlreadyExists)?;
-    for unused in &rows {
-        let blob = BlobId(unsigned(unused, "id")?);
-        if !parts.iter().any(|part| part.blob == blob) {
-            discard_part(transaction, unused, now).await?;
-        }
+    for unused in parts::unused(&known, &parts) {
+        discard_blob(transaction, unused.blob, unused.inside, now).await?;
+    }
+    for row in given_up {
+        discard_part(transaction, row, now).await?;
     }
     let entry = Entry {
         id: EntryId(unsigned(&row, "id")?),
