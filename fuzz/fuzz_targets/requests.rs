@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
@@ -20,13 +21,14 @@ use sccache_action::cache_protocol::store::{
     Chunk, Content, Entry, EntryName, Query, Store, StoreError,
 };
 use sccache_action::cache_protocol::{AppState, router};
-use sccache_action::clock::now;
+use sccache_action::clock::Timestamp;
 use sccache_action::http::BearerToken;
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
 const CONTENT: &[u8] = b"what the entry has";
 const LIMIT: u64 = 1 << 20;
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// The number of the entry that is there from the beginning, and of the upload.
 const ENTRY: EntryId = EntryId(1);
@@ -191,7 +193,7 @@ impl Store for Memory {
                 id: EntryId(upload.0),
                 name: name.clone(),
                 size,
-                created: 0,
+                created: Timestamp::UNIX_EPOCH,
             };
             uploads.entries.push((entry.clone(), content.clone()));
             uploads.open.remove(&upload);
@@ -237,7 +239,7 @@ fn service() -> (Router, UrlSigner) {
             id: ENTRY,
             name: named("entry"),
             size,
-            created: 0,
+            created: Timestamp::UNIX_EPOCH,
         };
         uploads.entries.push((entry, CONTENT.to_vec()));
         uploads
@@ -261,7 +263,7 @@ fn service() -> (Router, UrlSigner) {
 
 fn request(asked: &Asked<'_>, signer: &UrlSigner) -> Result<Request<Body>, axum::http::Error> {
     const V1: &str = "/_apis/artifactcache";
-    let signed = |purpose| signer.query(purpose, now() + 60, None);
+    let signed = |purpose| signer.query(purpose, Timestamp::now() + MINUTE, None);
     let begin = |method: &str, uri: String| {
         Request::builder()
             .method(method)

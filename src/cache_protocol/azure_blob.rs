@@ -23,7 +23,7 @@ use crate::cache_protocol::auth::{Owner, Purpose};
 use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, PARTS_LIMIT, Store, StoreError};
 use crate::cache_protocol::{AppState, Peer, with_retry_after};
-use crate::clock;
+use crate::clock::Timestamp;
 
 /// The longest block list, in bytes: Azure's 50,000 blocks with names of 64 bytes.
 const BLOCK_LIST_LIMIT: usize = 8 << 20;
@@ -56,8 +56,8 @@ impl SignedQuery {
 
 fn is_signed<S: Store>(shared: &AppState<S>, purpose: Purpose, signature: &SignedQuery) -> bool {
     let SignedQuery { se, sig, .. } = signature;
-    let said = (*se, signature.owner());
-    let valid = shared.signer.is_valid(purpose, said, sig, clock::now());
+    let said = (Timestamp::from_seconds(*se), signature.owner());
+    let valid = shared.signer.is_valid(purpose, said, sig, Timestamp::now());
     if !valid {
         shared.counters.refused.inc();
     }

@@ -36,7 +36,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, patch, post};
 
 pub use crate::cache_protocol::counters::{Counters, Snapshot};
-pub use crate::clock;
 
 use crate::cache_protocol::auth::{
     Access, KeysUnavailable, Owner, Purpose, TokenVerifier, Tokens, URL_LIFETIME, UrlSigner,
@@ -45,6 +44,7 @@ use crate::cache_protocol::forgejo::ForgejoRunner;
 use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::Store;
 use crate::cache_protocol::turns::{Client, Turns, origin};
+use crate::clock::Timestamp;
 use crate::http::BearerToken;
 
 /// The largest entry, in bytes: GitHub's limit for a whole repository.
@@ -102,7 +102,7 @@ impl Authenticator {
             }
         }
         let proxied = self.forgejo.as_ref();
-        match proxied.and_then(|runner| runner.access(headers, clock::now())) {
+        match proxied.and_then(|runner| runner.access(headers, Timestamp::now())) {
             Some(access) => Ok(Some(Arc::new(access))),
             None => unknown,
         }
@@ -218,7 +218,7 @@ impl<S: Store> AppState<S> {
     /// A signed URL for `purpose`, under the host that the client itself used: it may know this
     /// machine by another name.
     fn content_url(&self, purpose: Purpose, access: &Access, headers: &HeaderMap) -> String {
-        let expiry = clock::now() + URL_LIFETIME.as_secs();
+        let expiry = Timestamp::now() + URL_LIFETIME;
         let query = self.signer.query(purpose, expiry, access.owner());
         let proxied = self
             .authenticator

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::fs::File;
 
 use crate::cache_protocol::ids::{EntryId, UploadId};
+use crate::clock::Timestamp;
 
 pub use crate::cache_protocol::store_error::StoreError;
 
@@ -61,8 +62,8 @@ pub struct Entry {
     pub name: EntryName,
     /// Its size in bytes.
     pub size: u64,
-    /// When it was committed, in milliseconds since 1970.
-    pub created: u64,
+    /// When it was committed.
+    pub created: Timestamp,
 }
 
 /// A look-up.

@@ -11,7 +11,6 @@ use std::io::{self, SeekFrom};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -30,6 +29,7 @@ use crate::cache_protocol::store::{
     Bytestream, Chunk, Content, Entry, EntryName, Query, RangeRead, Scope, Store, StoreError,
 };
 use crate::cache_protocol::{AppState, ENTRY_LIMIT, Snapshot, router};
+use crate::clock::Timestamp;
 
 /// How much of a file is in memory at once, in bytes.
 const READ_SIZE: usize = 128 * 1024;
@@ -356,14 +356,11 @@ impl Store for TemporaryStore {
         state.reserved.remove(&known.name);
         let unused = parts::unused(&known.received, &parts).map(|part| part.blob);
         remove(&self.inner.folder, unused);
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| time.as_millis());
         let entry = Entry {
             id: EntryId(state.number()),
             name: known.name,
             size,
-            created: u64::try_from(now).unwrap_or(u64::MAX),
+            created: Timestamp::now(),
         };
         state.names.insert(indexed(&entry.name), entry.id);
         let committed = CommittedEntry {

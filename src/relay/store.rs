@@ -13,6 +13,7 @@ use tempfile::SpooledTempFile;
 
 use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::format;
 use crate::packs::index::{OBJECT_LIMIT, ObjectKey};
@@ -365,7 +366,7 @@ impl Store for Arc<Relay> {
             id,
             name,
             size,
-            created: 0,
+            created: Timestamp::UNIX_EPOCH,
         })
     }
 
@@ -389,7 +390,7 @@ impl Store for Arc<Relay> {
                     id,
                     name,
                     size,
-                    created: 0,
+                    created: Timestamp::UNIX_EPOCH,
                 });
             }
         }

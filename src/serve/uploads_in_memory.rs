@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::{EntryName, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::catalog::{SmallPart, Unwritten};
 
 /// The uploads that are held. Clones are the same.
@@ -33,7 +34,7 @@ struct HeldState {
 #[derive(Debug)]
 struct HeldUpload {
     name: EntryName,
-    used: u64,
+    used: Timestamp,
     /// Requests that are sending content.
     writing: usize,
     content: Option<SmallPart>,
@@ -92,8 +93,8 @@ impl HeldUploads {
         &self,
         name: &EntryName,
         upload: UploadId,
-        now: u64,
-        abandoned: u64,
+        now: Timestamp,
+        abandoned: Timestamp,
     ) -> Result<(HeldReservation, u64), StoreError> {
         let mut state = self.lock();
         let mut given_up = 0;
@@ -136,7 +137,11 @@ impl HeldUploads {
     }
 
     /// Begins to write content to `upload`.
-    pub(crate) fn begin_write(&self, upload: UploadId, now: u64) -> UploadLocation<HeldWrite> {
+    pub(crate) fn begin_write(
+        &self,
+        upload: UploadId,
+        now: Timestamp,
+    ) -> UploadLocation<HeldWrite> {
         let mut state = self.lock();
         let is_full = state.bytes > ROOM;
         match state.uploads.get_mut(&upload) {
@@ -206,7 +211,7 @@ impl HeldUploads {
 
     /// Uploads to persist: all that were last used at `until` or before and that no request
     /// writes to, or that of this number. [`HeldUploads::end_move`] must follow.
-    pub(crate) fn begin_move(&self, until: u64, only: Option<UploadId>) -> Vec<Unwritten> {
+    pub(crate) fn begin_move(&self, until: Timestamp, only: Option<UploadId>) -> Vec<Unwritten> {
         let mut state = self.lock();
         let chosen = |id: UploadId, known: &HeldUpload| match only {
             Some(only) => id == only,
@@ -307,7 +312,7 @@ impl Drop for HeldReservation {
 
 impl HeldWrite {
     /// The client is still there.
-    pub(crate) fn heartbeat(&self, now: u64) {
+    pub(crate) fn heartbeat(&self, now: Timestamp) {
         if let Some(known) = self.held.lock().uploads.get_mut(&self.upload) {
             known.used = now;
         }
@@ -317,7 +322,7 @@ impl HeldWrite {
     ///
     /// # Errors
     /// The content, if the upload is no longer in memory.
-    pub(crate) fn end(self, content: SmallPart, now: u64) -> Result<u64, SmallPart> {
+    pub(crate) fn end(self, content: SmallPart, now: Timestamp) -> Result<u64, SmallPart> {
         let mut state = self.held.lock();
         let open = state.uploads.get_mut(&self.upload);
         let Some(known) = open.filter(|known| known.stage == UploadStage::Open) else {
@@ -349,6 +354,10 @@ mod tests {
     use crate::cache_protocol::blob_digests::Digests;
     use crate::cache_protocol::ids::BlobId;
 
+    fn at(milliseconds: u64) -> Timestamp {
+        Timestamp::from_milliseconds(milliseconds)
+    }
+
     fn name(key: &str) -> EntryName {
         EntryName {
             scope: "s".into(),
@@ -366,14 +375,14 @@ mod tests {
     }
 
     fn reserve(held: &HeldUploads, key: &str, upload: u64, now: u64) {
-        held.reserve(&name(key), UploadId(upload), now, 0)
+        held.reserve(&name(key), UploadId(upload), at(now), at(0))
             .unwrap()
             .0
             .keep();
     }
 
     fn begin_write(held: &HeldUploads, upload: UploadId) -> HeldWrite {
-        match held.begin_write(upload, 5) {
+        match held.begin_write(upload, at(5)) {
             UploadLocation::InMemory(bringing) => bringing,
             other => panic!("{other:?}"),
         }
@@ -382,21 +391,34 @@ mod tests {
     #[test]
     fn a_name_is_taken_while_it_is_reserved_and_free_when_that_is_given_up() {
         let held = HeldUploads::default();
-        let (reserving, _) = held.reserve(&name("a"), UploadId(1), 10, 0).unwrap();
-        assert!(held.reserve(&name("a"), UploadId(2), 10, 0).is_err());
+        let (reserving, _) = held
+            .reserve(&name("a"), UploadId(1), at(10), at(0))
+            .unwrap();
+        assert!(
+            held.reserve(&name("a"), UploadId(2), at(10), at(0))
+                .is_err()
+        );
         assert!(matches!(
-            held.begin_write(UploadId(1), 10),
+            held.begin_write(UploadId(1), at(10)),
             UploadLocation::NotInMemory
         ));
         drop(reserving);
         reserve(&held, "a", 3, 10);
         // An upload that was not used for long is given up, unless a request is sending content to
         // it.
-        assert!(held.reserve(&name("a"), UploadId(4), 20, 10).is_err());
+        assert!(
+            held.reserve(&name("a"), UploadId(4), at(20), at(10))
+                .is_err()
+        );
         let bringing = begin_write(&held, UploadId(3));
-        assert!(held.reserve(&name("a"), UploadId(4), 20, 11).is_err());
-        bringing.end(small("abc"), 10).unwrap();
-        let (reserving, given_up) = held.reserve(&name("a"), UploadId(4), 20, 11).unwrap();
+        assert!(
+            held.reserve(&name("a"), UploadId(4), at(20), at(11))
+                .is_err()
+        );
+        bringing.end(small("abc"), at(10)).unwrap();
+        let (reserving, given_up) = held
+            .reserve(&name("a"), UploadId(4), at(20), at(11))
+            .unwrap();
         assert_eq!(given_up, 3);
         reserving.keep();
         assert_eq!(held.upload_of(&name("a")), Some(UploadId(4)));
@@ -409,10 +431,10 @@ mod tests {
         reserve(&held, "a", 1, 10);
         let bringing = begin_write(&held, UploadId(1));
         assert!(matches!(held.commit(UploadId(1), 0), Err(StoreError::Busy)));
-        assert_eq!(bringing.end(small("abc"), 10).unwrap(), 0);
+        assert_eq!(bringing.end(small("abc"), at(10)).unwrap(), 0);
         assert_eq!(
             begin_write(&held, UploadId(1))
-                .end(small("four"), 10)
+                .end(small("four"), at(10))
                 .unwrap(),
             3
         );
@@ -430,7 +452,10 @@ mod tests {
                 held.commit(UploadId(1), 4),
                 Ok(UploadLocation::NotInMemory)
             ));
-            assert!(held.reserve(&name("a"), UploadId(2), 10, 0).is_err());
+            assert!(
+                held.reserve(&name("a"), UploadId(2), at(10), at(0))
+                    .is_err()
+            );
             assert_eq!(held.end_commit(UploadId(1), done), if done { 4 } else { 0 });
         }
         assert_eq!(held.totals(), (0, 0));
@@ -446,28 +471,28 @@ mod tests {
             begin_write(&held, UploadId(1)),
             begin_write(&held, UploadId(1)),
         );
-        early.end(small("abc"), 10).unwrap();
-        assert_eq!(held.begin_move(10, None), []);
+        early.end(small("abc"), at(10)).unwrap();
+        assert_eq!(held.begin_move(at(10), None), []);
         reserve(&held, "c", 3, 10);
-        let leaving = held.begin_move(10, None);
+        let leaving = held.begin_move(at(10), None);
         assert_eq!(leaving.len(), 1);
         held.end_move(&leaving, true);
-        let leaving = held.begin_move(10, Some(UploadId(1)));
+        let leaving = held.begin_move(at(10), Some(UploadId(1)));
         assert_eq!(leaving[0].content, Some(small("abc")));
         assert!(matches!(
-            held.begin_write(UploadId(1), 10),
+            held.begin_write(UploadId(1), at(10)),
             UploadLocation::Leaving
         ));
         held.end_move(&leaving, false);
-        let leaving = held.begin_move(0, Some(UploadId(1)));
+        let leaving = held.begin_move(at(0), Some(UploadId(1)));
         held.end_move(&leaving, true);
         assert!(matches!(
-            held.begin_write(UploadId(1), 10),
+            held.begin_write(UploadId(1), at(10)),
             UploadLocation::NotInMemory
         ));
         assert!(matches!(held.commit(UploadId(1), 3), Err(StoreError::Busy)));
         assert_eq!(held.name_of(UploadId(1)), None);
-        assert_eq!(late.end(small("abcd"), 10).unwrap_err(), small("abcd"));
+        assert_eq!(late.end(small("abcd"), at(10)).unwrap_err(), small("abcd"));
         assert!(matches!(
             held.commit(UploadId(1), 3),
             Ok(UploadLocation::NotInMemory)
@@ -484,12 +509,12 @@ mod tests {
             bytes: vec![0; usize::try_from(ROOM).unwrap() + 1].into(),
             ..small("")
         };
-        begin_write(&held, UploadId(1)).end(much, 10).unwrap();
+        begin_write(&held, UploadId(1)).end(much, at(10)).unwrap();
         assert!(matches!(
-            held.begin_write(UploadId(2), 10),
+            held.begin_write(UploadId(2), at(10)),
             UploadLocation::Leaving
         ));
-        let leaving = held.begin_move(10, Some(UploadId(1)));
+        let leaving = held.begin_move(at(10), Some(UploadId(1)));
         held.end_move(&leaving, true);
         drop(begin_write(&held, UploadId(2)));
         assert_eq!(held.totals(), (1, 0));

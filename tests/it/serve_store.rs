@@ -18,6 +18,7 @@ use sccache_action::cache_protocol::ids::{EntryId, UploadId};
 use sccache_action::cache_protocol::store::{
     Chunk, Content, Entry, EntryName, Query, Scope, Store, StoreError,
 };
+use sccache_action::clock::Timestamp;
 use sccache_action::serve::blob_store::Location;
 use sccache_action::serve::catalog::{Database, PostgresUrl};
 use sccache_action::serve::entry_store::{
@@ -80,7 +81,7 @@ impl Place {
 
     async fn open(&self) -> EntryStore {
         let time = self.time.clone();
-        let clock = Arc::new(move || time.load(Ordering::Relaxed));
+        let clock = Arc::new(move || Duration::from_millis(time.load(Ordering::Relaxed)));
         EntryStore::open(&self.storage, clock).await.unwrap()
     }
 
@@ -530,9 +531,13 @@ async fn two_services_on_one_storage_are_one_store() {
         }
         // URLs of one are good at the other.
         let purpose = Purpose::Download(EntryId(7));
-        let query = one.signer().query(purpose, 100, None);
+        let expiry = Timestamp::from_seconds(100);
+        let query = one.signer().query(purpose, expiry, None);
         let (_, signature) = query.split_once("sig=").unwrap();
-        assert!(two.signer().is_valid(purpose, (100, None), signature, 99));
+        assert!(
+            two.signer()
+                .is_valid(purpose, (expiry, None), signature, expiry)
+        );
         // Both sweep at once, and evict no more for it.
         for key in 0..20 {
             put(&one, &format!("k{key}"), "0123456789").await;
@@ -557,7 +562,7 @@ async fn a_folder_of_any_name_holds_a_storage_also_one_named_from_here() {
     for named in [inside.clone(), from_here] {
         std::fs::create_dir_all(&inside).unwrap();
         let storage = StorageConfig::in_folder(&named, StoreLimits::of_entries(LIMIT));
-        let store = EntryStore::open(&storage, Arc::new(|| 1_000_000_000));
+        let store = EntryStore::open(&storage, Arc::new(|| Duration::from_millis(1_000_000_000)));
         put(&store.await.unwrap(), "key", "content").await;
         assert!(inside.join("catalog.sqlite").exists(), "{named:?}");
         std::fs::remove_dir_all(&inside).unwrap();

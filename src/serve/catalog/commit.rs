@@ -6,9 +6,10 @@ use sqlx::{Any, Connection, Row, Transaction};
 use crate::cache_protocol::ids::{BlobId, EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part};
 use crate::cache_protocol::store::{Entry, EntryName, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::catalog::garbage::{discard_blob, discard_part};
 use crate::serve::catalog::rows::{
-    encode, entry_name, in_steps, number, placeholders, received, unsigned,
+    encode, entry_name, in_steps, milliseconds, number, placeholders, received, timestamp, unsigned,
 };
 use crate::serve::catalog::schema::Dialect;
 use crate::serve::catalog::upload_parts::{SmallPart, insert_contents};
@@ -21,8 +22,8 @@ pub struct Commit {
     pub what: CommitSource,
     /// The size that its client says it has.
     pub size: u64,
-    /// When it is, in milliseconds after 1970.
-    pub created: u64,
+    /// When it is by this machine's clock.
+    pub created: Timestamp,
     /// When it is by the store's clock.
     pub moments: Moments,
 }
@@ -151,7 +152,7 @@ impl Catalog {
                 upload_bytes: 0,
             })
             .collect();
-        let used: Vec<u64> = own
+        let used: Vec<Timestamp> = own
             .iter()
             .map(|(commit, _, _)| commit.moments.now)
             .collect();
@@ -172,10 +173,10 @@ impl Catalog {
 async fn insert_entries(
     transaction: &mut Transaction<'_, Any>,
     committed: &[CommittedUpload],
-    used: &[u64],
+    used: &[Timestamp],
 ) -> Result<u64, sqlx::Error> {
     let mut written = 0;
-    let rows: Vec<(&CommittedUpload, &u64)> = committed.iter().zip(used).collect();
+    let rows: Vec<(&CommittedUpload, &Timestamp)> = committed.iter().zip(used).collect();
     for rows in in_steps(&rows) {
         let query = format!(
             "INSERT INTO entries (id, scope, version, key, size, created, used, parts, stored) \
@@ -196,8 +197,8 @@ async fn insert_entries(
                 .bind(name.version.clone())
                 .bind(name.key.clone())
                 .bind(number(*size))
-                .bind(number(*created))
-                .bind(number(**used))
+                .bind(milliseconds(*created))
+                .bind(milliseconds(**used))
                 .bind(encode(&committed.parts)?)
                 .bind(number(parts::stored(&committed.parts)));
         }
@@ -222,7 +223,8 @@ async fn without_taken(
             Some(_) => Ok(committed),
             None => {
                 for part in &committed.parts {
-                    discard_blob(transaction, part.blob, part.inside, 0).await?;
+                    discard_blob(transaction, part.blob, part.inside, Timestamp::UNIX_EPOCH)
+                        .await?;
                 }
                 Err(StoreError::AlreadyExists)
             }
@@ -267,7 +269,7 @@ async fn commit_upload(
     for row in &rows {
         match received(row)? {
             Some(part) => known.push(part),
-            None if unsigned(row, "used")? < abandoned => given_up.push(row),
+            None if timestamp(row, "used")? < abandoned => given_up.push(row),
             None => return Err(StoreError::Busy),
         }
     }
@@ -281,8 +283,8 @@ async fn commit_upload(
     .bind(name.version.as_str())
     .bind(name.key.as_str())
     .bind(number(size))
-    .bind(number(created))
-    .bind(number(now))
+    .bind(milliseconds(created))
+    .bind(milliseconds(now))
     .bind(encode(&parts)?)
     .bind(number(parts::stored(&parts)))
     .fetch_optional(&mut **transaction)

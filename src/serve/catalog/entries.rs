@@ -5,9 +5,12 @@ use sqlx::Row;
 use crate::cache_protocol::ids::EntryId;
 use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Entry, KEY_LIMIT, Query, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::garbage::discard_entry;
-use crate::serve::catalog::rows::{decode_parts, entry_name, number, unsigned};
+use crate::serve::catalog::rows::{
+    decode_parts, entry_name, milliseconds, number, timestamp, unsigned,
+};
 
 /// The least upper bound of the keys that begin with `prefix`, in the order of code points, which
 /// is that of the bytes of UTF-8.
@@ -52,7 +55,7 @@ impl Catalog {
                         id: EntryId(unsigned(&row, "id")?),
                         name: entry_name(&row)?,
                         size: unsigned(&row, "size")?,
-                        created: unsigned(&row, "created")?,
+                        created: timestamp(&row, "created")?,
                     }));
                 }
             }
@@ -77,7 +80,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn remove_entry(&self, entry: EntryId, now: u64) -> Result<(), StoreError> {
+    pub async fn remove_entry(&self, entry: EntryId, now: Timestamp) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         let row = sqlx::query("DELETE FROM entries WHERE id = $1 RETURNING size, parts")
             .bind(number(entry))
@@ -94,12 +97,12 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn record_use(&self, used: &[(EntryId, u64)]) -> Result<(), StoreError> {
+    pub async fn record_use(&self, used: &[(EntryId, Timestamp)]) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         for (entry, when) in used {
             sqlx::query("UPDATE entries SET used = $2 WHERE id = $1 AND used < $2")
                 .bind(number(*entry))
-                .bind(number(*when))
+                .bind(milliseconds(*when))
                 .execute(&mut *transaction)
                 .await?;
         }

@@ -3,8 +3,9 @@
 use sqlx::Row;
 
 use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
 use crate::serve::catalog::garbage::discard_entry;
-use crate::serve::catalog::rows::{number, unsigned};
+use crate::serve::catalog::rows::{milliseconds, number, unsigned};
 use crate::serve::catalog::{Catalog, SWEEP_ROWS};
 
 /// The storage that an entry takes: its blobs, each once.
@@ -24,7 +25,7 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn expire(&self, before: u64, now: u64) -> Result<Removed, StoreError> {
+    pub async fn expire(&self, before: Timestamp, now: Timestamp) -> Result<Removed, StoreError> {
         let mut swept = Removed::default();
         loop {
             let mut transaction = self.write.begin().await?;
@@ -33,7 +34,7 @@ impl Catalog {
                  (SELECT id FROM entries WHERE used < $1 ORDER BY used, id LIMIT $2) \
                  RETURNING size, parts",
             )
-            .bind(number(before))
+            .bind(milliseconds(before))
             .bind(SWEEP_ROWS)
             .fetch_all(&mut *transaction)
             .await?;
@@ -75,7 +76,7 @@ impl Catalog {
         &self,
         repository: &str,
         bytes: u64,
-        now: u64,
+        now: Timestamp,
     ) -> Result<Removed, StoreError> {
         let oldest = format!(
             "SELECT id, {STORED} AS stored FROM entries WHERE {} = $1 ORDER BY used, id LIMIT $2",

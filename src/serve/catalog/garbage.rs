@@ -5,7 +5,8 @@ use sqlx::{Any, Row, Transaction};
 
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::StoreError;
-use crate::serve::catalog::rows::{decode_parts, is_inside, number, unsigned};
+use crate::clock::Timestamp;
+use crate::serve::catalog::rows::{decode_parts, is_inside, milliseconds, number, unsigned};
 use crate::serve::catalog::{Catalog, SWEEP_ROWS};
 
 impl Catalog {
@@ -13,10 +14,10 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn garbage(&self, until: u64) -> Result<Vec<BlobId>, sqlx::Error> {
+    pub async fn garbage(&self, until: Timestamp) -> Result<Vec<BlobId>, sqlx::Error> {
         let rows =
             sqlx::query("SELECT blob FROM garbage WHERE since <= $1 ORDER BY since LIMIT $2")
-                .bind(number(until))
+                .bind(milliseconds(until))
                 .bind(SWEEP_ROWS)
                 .fetch_all(&self.read)
                 .await?;
@@ -45,11 +46,11 @@ impl Catalog {
 pub(super) async fn mark_garbage(
     transaction: &mut Transaction<'_, Any>,
     blob: BlobId,
-    now: u64,
+    now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     sqlx::query("INSERT INTO garbage (blob, since) VALUES ($1, $2) ON CONFLICT (blob) DO NOTHING")
         .bind(number(blob))
-        .bind(number(now))
+        .bind(milliseconds(now))
         .execute(&mut **transaction)
         .await?;
     Ok(())
@@ -61,7 +62,7 @@ pub(super) async fn discard_blob(
     transaction: &mut Transaction<'_, Any>,
     blob: BlobId,
     inside: bool,
-    now: u64,
+    now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     if !inside {
         return mark_garbage(transaction, blob, now).await;
@@ -77,7 +78,7 @@ pub(super) async fn discard_blob(
 pub(super) async fn discard_part(
     transaction: &mut Transaction<'_, Any>,
     row: &AnyRow,
-    now: u64,
+    now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     discard_blob(
         transaction,
@@ -91,7 +92,7 @@ pub(super) async fn discard_part(
 pub(super) async fn discard_parts_of(
     transaction: &mut Transaction<'_, Any>,
     upload: UploadId,
-    now: u64,
+    now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     let parts = sqlx::query("DELETE FROM parts WHERE upload = $1 RETURNING id, inside")
         .bind(number(upload))
@@ -106,7 +107,7 @@ pub(super) async fn discard_parts_of(
 pub(super) async fn discard_entry(
     transaction: &mut Transaction<'_, Any>,
     row: &AnyRow,
-    now: u64,
+    now: Timestamp,
 ) -> Result<u64, sqlx::Error> {
     for part in decode_parts(row.try_get("parts")?)? {
         discard_blob(transaction, part.blob, part.inside, now).await?;

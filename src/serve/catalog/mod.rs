@@ -34,6 +34,7 @@ mod uploads;
 use sqlx::{AnyPool, Executor};
 
 use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
 use crate::serve::catalog::rows::unsigned;
 use crate::serve::catalog::schema::Dialect;
 
@@ -76,9 +77,9 @@ pub struct Totals {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moments {
     /// Now.
-    pub now: u64,
+    pub now: Timestamp,
     /// Uploads that were not used since then are given up.
-    pub abandoned: u64,
+    pub abandoned: Timestamp,
 }
 
 impl Catalog {

@@ -7,14 +7,24 @@ use crate::cache_protocol::blob_digests::Digests;
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::parts::{Part, ReceivedPart};
 use crate::cache_protocol::store::{EntryName, StoreError};
+use crate::clock::Timestamp;
 
 /// How many rows one statement writes or reads; more rows are split into steps of these sizes, so
 /// that each connection keeps its statements prepared.
 const ROWS: [usize; 7] = [64, 32, 16, 8, 4, 2, 1];
 
-/// A number as the databases have them. Ids, sizes and times stay far below.
+/// A number as the databases have them. Ids and sizes stay far below.
 pub(super) fn number(value: impl Into<u64>) -> i64 {
     i64::try_from(value.into()).unwrap_or(i64::MAX)
+}
+
+/// A time as the databases have them: in milliseconds since 1970.
+pub(super) fn milliseconds(time: Timestamp) -> i64 {
+    number(time.milliseconds())
+}
+
+pub(super) fn timestamp(row: &AnyRow, column: &str) -> Result<Timestamp, sqlx::Error> {
+    unsigned(row, column).map(Timestamp::from_milliseconds)
 }
 
 pub(super) fn unsigned(row: &AnyRow, column: &str) -> Result<u64, sqlx::Error> {

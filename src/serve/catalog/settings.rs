@@ -3,8 +3,9 @@
 use sqlx::Row;
 
 use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
-use crate::serve::catalog::rows::number;
+use crate::serve::catalog::rows::milliseconds;
 
 impl Catalog {
     /// The setting called `name`; if there was none, it is set to `default`. All services that
@@ -39,13 +40,15 @@ impl Catalog {
         Ok(())
     }
 
-    /// The time of this store, in milliseconds: `begin` if it has none yet.
+    /// The time of this store: `begin` if it has none yet.
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn time(&self, begin: u64) -> Result<u64, sqlx::Error> {
-        let text = self.setting("time", &begin.to_string()).await?;
-        Ok(text.parse().unwrap_or(begin))
+    pub async fn time(&self, begin: Timestamp) -> Result<Timestamp, sqlx::Error> {
+        let text = self
+            .setting("time", &begin.milliseconds().to_string())
+            .await?;
+        Ok(text.parse().map_or(begin, Timestamp::from_milliseconds))
     }
 
     /// Records that it is `now` by this store's clock, and returns the time of the service whose
@@ -53,17 +56,17 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn record_time(&self, now: u64) -> Result<u64, StoreError> {
+    pub async fn record_time(&self, now: Timestamp) -> Result<Timestamp, StoreError> {
         let row = sqlx::query(
             "UPDATE settings SET value = CASE WHEN CAST(value AS BIGINT) < CAST($1 AS BIGINT) \
              THEN CAST(CAST($1 AS BIGINT) AS TEXT) ELSE value END WHERE name = 'time' \
              RETURNING value",
         )
-        .bind(number(now))
+        .bind(milliseconds(now))
         .fetch_optional(&self.write)
         .await?;
         let Some(row) = row else { return Ok(now) };
         let value: String = row.try_get("value")?;
-        Ok(value.parse().unwrap_or(now))
+        Ok(value.parse().map_or(now, Timestamp::from_milliseconds))
     }
 }

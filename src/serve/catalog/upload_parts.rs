@@ -8,10 +8,13 @@ use crate::cache_protocol::blob_digests::Digests;
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::parts::{self, Part, ReceivedPart};
 use crate::cache_protocol::store::{PARTS_LIMIT, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::blob_store::WrittenBlob;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::garbage::{discard_part, mark_garbage};
-use crate::serve::catalog::rows::{encode, in_steps, number, placeholders, received, unsigned};
+use crate::serve::catalog::rows::{
+    encode, in_steps, milliseconds, number, placeholders, received, unsigned,
+};
 
 /// A part that is about to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +89,7 @@ impl Catalog {
         upload: UploadId,
         block: Option<&str>,
         start: u64,
-        now: u64,
+        now: Timestamp,
     ) -> Result<BegunPart, StoreError> {
         let row = sqlx::query(
             "INSERT INTO parts (upload, block, start, used) \
@@ -103,7 +106,7 @@ impl Catalog {
         .bind(number(upload))
         .bind(block)
         .bind(number(start))
-        .bind(number(now))
+        .bind(milliseconds(now))
         .fetch_optional(&self.write)
         .await?
         .ok_or(StoreError::NoSuchUpload)?;
@@ -123,10 +126,10 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn heartbeat(&self, blob: BlobId, now: u64) -> Result<(), StoreError> {
+    pub async fn heartbeat(&self, blob: BlobId, now: Timestamp) -> Result<(), StoreError> {
         sqlx::query("UPDATE parts SET used = $2 WHERE id = $1")
             .bind(number(blob))
-            .bind(number(now))
+            .bind(milliseconds(now))
             .execute(&self.write)
             .await?;
         Ok(())
@@ -141,7 +144,7 @@ impl Catalog {
         &self,
         upload: UploadId,
         part: &FinishedPart,
-        now: u64,
+        now: Timestamp,
     ) -> Result<u64, StoreError> {
         if part.replaces == Replaces::Nothing && part.inside.is_none() {
             // Most large uploads take this path, so it needs no transaction.
@@ -201,7 +204,7 @@ impl Catalog {
             .execute(&mut *transaction)
             .await?;
         // The bytes of an interrupted part are not in the database.
-        mark_garbage(&mut transaction, blob, 0).await?;
+        mark_garbage(&mut transaction, blob, Timestamp::UNIX_EPOCH).await?;
         transaction.commit().await?;
         Ok(())
     }
@@ -216,13 +219,13 @@ impl Catalog {
         upload: UploadId,
         blocks: &[String],
         limit: u64,
-        now: u64,
+        now: Timestamp,
     ) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
         let updated = sqlx::query("UPDATE uploads SET blocks = $2, used = $3 WHERE id = $1")
             .bind(number(upload))
             .bind(encode(blocks)?)
-            .bind(number(now))
+            .bind(milliseconds(now))
             .execute(&mut *transaction)
             .await?;
         if updated.rows_affected() == 0 {
@@ -282,7 +285,12 @@ impl Catalog {
             .fetch_all(&mut *transaction)
             .await?;
         for row in &parts {
-            mark_garbage(&mut transaction, BlobId(unsigned(row, "id")?), 0).await?;
+            mark_garbage(
+                &mut transaction,
+                BlobId(unsigned(row, "id")?),
+                Timestamp::UNIX_EPOCH,
+            )
+            .await?;
         }
         transaction.commit().await?;
         Ok(parts.len() as u64)
@@ -292,12 +300,12 @@ impl Catalog {
 async fn record_finish(
     executor: impl Executor<'_, Database = Any>,
     part: &FinishedPart,
-    now: u64,
+    now: Timestamp,
 ) -> Result<(), StoreError> {
     let ended = sqlx::query(FINISH_PART)
         .bind(number(part.blob))
         .bind(number(part.content.size))
-        .bind(number(now))
+        .bind(milliseconds(now))
         .bind(part.content.digests.encode())
         .bind(i64::from(part.inside.is_some()))
         .execute(executor)

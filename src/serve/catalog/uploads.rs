@@ -4,9 +4,10 @@ use sqlx::{Any, Connection, Executor};
 
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::{EntryName, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::garbage::{discard_part, discard_parts_of};
-use crate::serve::catalog::rows::{entry_name, in_steps, number, unsigned};
+use crate::serve::catalog::rows::{entry_name, in_steps, milliseconds, number, unsigned};
 use crate::serve::catalog::upload_parts::{SmallPart, insert_contents};
 
 /// An upload that the database does not have yet.
@@ -17,7 +18,7 @@ pub struct Unwritten {
     /// The name under which it was reserved.
     pub name: EntryName,
     /// When it was used last.
-    pub used: u64,
+    pub used: Timestamp,
     /// The content received for it.
     pub content: Option<SmallPart>,
 }
@@ -35,15 +36,15 @@ pub enum NameStatus {
 
 impl Catalog {
     /// Reserves `name` at `now`. A reservation that was not used since `abandoned` is given up.
-    /// Times are in milliseconds by the store's clock, here and below.
+    /// Times are those of the store's clock, here and below.
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] if the name is taken.
     pub async fn reserve(
         &self,
         name: &EntryName,
-        now: u64,
-        abandoned: u64,
+        now: Timestamp,
+        abandoned: Timestamp,
     ) -> Result<UploadId, StoreError> {
         if let Some(upload) = insert_upload(&self.write, name, now).await? {
             return Ok(upload);
@@ -57,7 +58,7 @@ impl Catalog {
         .bind(name.scope.0.to_string())
         .bind(name.version.as_str())
         .bind(name.key.as_str())
-        .bind(number(abandoned))
+        .bind(milliseconds(abandoned))
         .fetch_optional(&mut *transaction)
         .await?;
         let Some(given_up) = given_up else {
@@ -200,7 +201,7 @@ impl Catalog {
             .bind(name.scope.0.to_string())
             .bind(name.version.clone())
             .bind(name.key.clone())
-            .bind(number(*used))
+            .bind(milliseconds(*used))
             .execute(&mut *transaction)
             .await?;
             let Some(small) = content else { continue };
@@ -211,7 +212,7 @@ impl Catalog {
             .bind(number(small.blob))
             .bind(number(*upload))
             .bind(number(small.bytes.len() as u64))
-            .bind(number(*used))
+            .bind(milliseconds(*used))
             .bind(small.digests.encode())
             .execute(&mut *transaction)
             .await?;
@@ -225,14 +226,14 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn abandon(&self, abandoned: u64, now: u64) -> Result<u64, StoreError> {
+    pub async fn abandon(&self, abandoned: Timestamp, now: Timestamp) -> Result<u64, StoreError> {
         let mut count = 0;
         let mut transaction = self.write.begin().await?;
         let uploads = sqlx::query(
             "DELETE FROM uploads WHERE used < $1 AND NOT EXISTS \
              (SELECT 1 FROM parts WHERE upload = uploads.id AND parts.used >= $1) RETURNING id",
         )
-        .bind(number(abandoned))
+        .bind(milliseconds(abandoned))
         .fetch_all(&mut *transaction)
         .await?;
         for row in uploads {
@@ -245,7 +246,7 @@ impl Catalog {
             "DELETE FROM parts WHERE used < $1 AND upload NOT IN (SELECT id FROM uploads) \
              RETURNING id, inside",
         )
-        .bind(number(abandoned))
+        .bind(milliseconds(abandoned))
         .fetch_all(&mut *transaction)
         .await?;
         for row in parts {
@@ -259,7 +260,7 @@ impl Catalog {
 async fn insert_upload(
     executor: impl Executor<'_, Database = Any>,
     name: &EntryName,
-    now: u64,
+    now: Timestamp,
 ) -> Result<Option<UploadId>, sqlx::Error> {
     let row = sqlx::query(
         "INSERT INTO uploads (scope, version, key, used) \
@@ -271,7 +272,7 @@ async fn insert_upload(
     .bind(name.scope.0.to_string())
     .bind(name.version.clone())
     .bind(name.key.clone())
-    .bind(number(now))
+    .bind(milliseconds(now))
     .fetch_optional(executor)
     .await?;
     row.map(|row| unsigned(&row, "id").map(UploadId))

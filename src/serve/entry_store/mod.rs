@@ -31,10 +31,11 @@ use tracing::warn;
 use crate::cache_protocol::auth::UrlSigner;
 use crate::cache_protocol::ids::EntryId;
 use crate::cache_protocol::parts::Part;
+use crate::clock::Timestamp;
 use crate::serve::blob_store::BlobStore;
 use crate::serve::catalog::{Catalog, Moments, Totals};
 use crate::serve::entry_store::exclusive::ExclusiveState;
-use crate::serve::entry_store::store_time::{StoreTime, milliseconds};
+use crate::serve::entry_store::store_time::StoreTime;
 use crate::serve::small_contents::SmallContents;
 
 pub use crate::serve::entry_store::config::{StorageConfig, StoreLimits};
@@ -73,7 +74,7 @@ struct StoreInner {
     /// Entries do not change, so cached parts stay valid until their entry is removed.
     parts: Cache<EntryId, Arc<[Part]>>,
     /// When entries were used, as far as the database does not know.
-    recent_uses: Mutex<HashMap<EntryId, u64>>,
+    recent_uses: Mutex<HashMap<EntryId, Timestamp>>,
     /// The bytes received since the last sweep.
     received: AtomicU64,
     /// Says that a sweep should not wait for its time.
@@ -95,7 +96,7 @@ impl EntryStore {
         let now = self.inner.time.now();
         Moments {
             now,
-            abandoned: now.saturating_sub(milliseconds(RESERVATION)),
+            abandoned: now - RESERVATION,
         }
     }
 
@@ -129,7 +130,7 @@ impl EntryStore {
     /// Records the last uses, persists uploads, closes the database, and unlocks the folder.
     pub async fn close(&self) {
         self.record_uses().await;
-        if let Err(error) = self.persist(u64::MAX, None).await {
+        if let Err(error) = self.persist(Timestamp::MAX, None).await {
             warn!(cause = error.cause(), "cannot save uncommitted uploads");
         }
         self.inner.catalog.close().await;

@@ -14,11 +14,12 @@ use tracing::warn;
 use crate::cache_protocol::auth::UrlSigner;
 use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
 use crate::serve::blob_store::{BlobStore, Location};
 use crate::serve::catalog::Catalog;
 use crate::serve::entry_store::config::{StorageConfig, database_file, private_folders};
 use crate::serve::entry_store::exclusive::ExclusiveState;
-use crate::serve::entry_store::store_time::{Clock, StoreTime, since_1970};
+use crate::serve::entry_store::store_time::{Clock, StoreTime};
 use crate::serve::entry_store::{EntryStore, StoreInner};
 use crate::serve::private_files;
 use crate::serve::reserved_space;
@@ -105,7 +106,7 @@ impl EntryStore {
         if lock.is_some() {
             warn_of_other_stores(&storage.blobs, &name);
         }
-        let time = catalog.time(since_1970()).await?;
+        let time = catalog.time(Timestamp::now()).await?;
         let is_alone = lock.is_some() && database.is_some();
         let inner = StoreInner {
             exclusive: is_alone.then(|| ExclusiveState::of(&catalog)),

@@ -7,7 +7,7 @@ use tracing::warn;
 
 use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::StoreError;
-use crate::serve::entry_store::store_time::milliseconds;
+use crate::clock::Timestamp;
 use crate::serve::entry_store::{EntryStore, StoreInner};
 
 /// How long an upload may be in memory only. A process that is killed loses those of this time:
@@ -18,7 +18,7 @@ impl EntryStore {
     /// Persists uploads that were last used at `until` or before, or the one in `only`.
     pub(super) async fn persist(
         &self,
-        until: u64,
+        until: Timestamp,
         only: Option<UploadId>,
     ) -> Result<(), StoreError> {
         if self.inner.exclusive.is_none() {
@@ -48,9 +48,9 @@ impl EntryStore {
     /// Persists one upload that a request needs in the database, and makes room for it if the
     /// disk is full.
     pub(super) async fn persist_one(&self, upload: UploadId) -> Result<(), StoreError> {
-        let written = self.persist(0, Some(upload)).await;
+        let written = self.persist(Timestamp::UNIX_EPOCH, Some(upload)).await;
         if self.made_room_for(written.as_ref().err()).await {
-            self.persist(0, Some(upload)).await
+            self.persist(Timestamp::UNIX_EPOCH, Some(upload)).await
         } else {
             written
         }
@@ -58,11 +58,7 @@ impl EntryStore {
 
     /// Persists uploads that have been in memory for a while.
     async fn persist_old(&self) {
-        let until = self
-            .inner
-            .time
-            .now()
-            .saturating_sub(milliseconds(MEMORY_ONLY));
+        let until = self.inner.time.now() - MEMORY_ONLY;
         if let Err(error) = self.persist(until, None).await {
             warn!(
                 cause = error.cause(),

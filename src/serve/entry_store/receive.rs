@@ -13,7 +13,6 @@ use crate::serve::blob_store::{Gathered, WrittenBlob, digests_of_all, gather};
 use crate::serve::catalog::{BegunPart, FinishedPart, Replaces, SmallPart};
 use crate::serve::entry_store::EntryStore;
 use crate::serve::entry_store::exclusive::ExclusiveState;
-use crate::serve::entry_store::store_time::milliseconds;
 use crate::serve::entry_store::sweep::EVICT_AHEAD;
 use crate::serve::small_contents::SMALL;
 use crate::serve::uploads_in_memory::{HeldWrite, UploadLocation};
@@ -264,7 +263,7 @@ impl EntryStore {
         let mut last_heartbeat = inner.time.now();
         pieces.and_then(move |piece| {
             let now = inner.time.now();
-            let silent = now.saturating_sub(last_heartbeat) >= milliseconds(HEARTBEAT_EVERY);
+            let silent = now.since(last_heartbeat) >= HEARTBEAT_EVERY;
             if silent {
                 last_heartbeat = now;
             }

@@ -9,12 +9,12 @@ use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::blob_store::StoredContent;
 use crate::serve::catalog::{Commit, CommitSource, CommittedUpload, Moments, NameStatus};
 use crate::serve::entry_store::content::WatchedContent;
 use crate::serve::entry_store::exclusive::closed;
 use crate::serve::entry_store::look_up_cache::LookupCache;
-use crate::serve::entry_store::store_time::since_1970;
 use crate::serve::entry_store::{EntryStore, StoreInner};
 use crate::serve::uploads_in_memory::UploadLocation;
 
@@ -53,7 +53,7 @@ impl EntryStore {
         let mut commit = Commit {
             what: CommitSource::Upload(upload),
             size,
-            created: since_1970(),
+            created: Timestamp::now(),
             moments: self.moments(),
         };
         let Some(exclusive) = &self.inner.exclusive else {

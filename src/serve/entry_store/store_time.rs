@@ -2,51 +2,47 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-/// A clock in milliseconds that never goes back. Tests have their own clock.
-pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+use crate::clock::Timestamp;
+
+/// How long it is since some moment, which is the same for as long as the clock is used. It never
+/// goes back. Tests have their own clock.
+pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 
 /// The system's clock that no setting of the time changes.
 pub fn system_clock() -> Clock {
     let begun = Instant::now();
-    Arc::new(move || milliseconds(begun.elapsed()))
-}
-
-/// The milliseconds since 1970.
-pub(super) fn since_1970() -> u64 {
-    let time = SystemTime::now().duration_since(UNIX_EPOCH);
-    time.map_or(0, milliseconds)
+    Arc::new(move || begun.elapsed())
 }
 
 /// The time of a store: its time when it was opened, and the time that has passed since.
 pub(super) struct StoreTime {
     clock: Clock,
-    opened: u64,
+    opened: Duration,
+    /// In milliseconds since 1970.
     begun: AtomicU64,
 }
 
 impl StoreTime {
-    pub(super) fn new(clock: Clock, begun: u64) -> Self {
+    pub(super) fn new(clock: Clock, begun: Timestamp) -> Self {
         Self {
             opened: clock(),
-            begun: begun.into(),
+            begun: begun.milliseconds().into(),
             clock,
         }
     }
 
-    pub(super) fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> Timestamp {
         let passed = (self.clock)().saturating_sub(self.opened);
-        self.begun.load(Ordering::Relaxed).saturating_add(passed)
+        Timestamp::from_milliseconds(self.begun.load(Ordering::Relaxed)) + passed
     }
 
     /// Advances this clock to at least `time`, the time of another service.
-    pub(super) fn catch_up(&self, time: u64) {
-        let backend = time.saturating_sub(self.now());
-        self.begun.fetch_add(backend, Ordering::Relaxed);
+    pub(super) fn catch_up(&self, time: Timestamp) {
+        let ahead = time
+            .milliseconds()
+            .saturating_sub(self.now().milliseconds());
+        self.begun.fetch_add(ahead, Ordering::Relaxed);
     }
-}
-
-pub(super) fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

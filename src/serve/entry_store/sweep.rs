@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use tracing::{error, info};
 
 use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
 use crate::serve::catalog::Moments;
-use crate::serve::entry_store::store_time::milliseconds;
 use crate::serve::entry_store::uses::RECORD_USES_EVERY;
 use crate::serve::entry_store::{EntryStore, StoreInner};
 use crate::serve::reserved_space::{self, RESERVE};
@@ -88,7 +88,7 @@ impl EntryStore {
         let mut sweep = SweepReport::default();
         if urgency == Urgency::Full {
             // This comes before any write, since there may be no room for one.
-            sweep.deleted = self.delete_garbage(u64::MAX).await?;
+            sweep.deleted = self.delete_garbage(Timestamp::MAX).await?;
         }
         self.inner.received.store(0, Ordering::Relaxed);
         // Recently used entries must not go first.
@@ -101,7 +101,7 @@ impl EntryStore {
         }
         sweep.abandoned = catalog.abandon(abandoned, now).await?;
         if let Some(age) = limits.unused {
-            let before = now.saturating_sub(milliseconds(age));
+            let before = now - age;
             let expired = catalog.expire(before, now).await;
             self.invalidate_lookups();
             sweep.expired = expired?.count;
@@ -112,8 +112,8 @@ impl EntryStore {
         self.invalidate_lookups();
         sweep.evicted = evicted?;
         let until = match urgency {
-            Urgency::Usual => now.saturating_sub(milliseconds(GARBAGE_STAYS)),
-            Urgency::Full => u64::MAX,
+            Urgency::Usual => now - GARBAGE_STAYS,
+            Urgency::Full => Timestamp::MAX,
         };
         sweep.deleted += self.delete_garbage(until).await?;
         if urgency == Urgency::Full {
@@ -130,7 +130,7 @@ impl EntryStore {
     }
 
     /// Evicts entries until each repository, and all of them together, are within their limits.
-    async fn evict(&self, urgency: Urgency, now: u64) -> Result<u64, StoreError> {
+    async fn evict(&self, urgency: Urgency, now: Timestamp) -> Result<u64, StoreError> {
         let StoreInner {
             catalog, limits, ..
         } = &*self.inner;
@@ -167,7 +167,7 @@ impl EntryStore {
     }
 
     /// Deletes blobs that are garbage since `until` or before.
-    async fn delete_garbage(&self, until: u64) -> Result<u64, StoreError> {
+    async fn delete_garbage(&self, until: Timestamp) -> Result<u64, StoreError> {
         let StoreInner { catalog, blobs, .. } = &*self.inner;
         let mut deleted = 0;
         loop {

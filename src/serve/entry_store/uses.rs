@@ -5,6 +5,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use crate::cache_protocol::ids::EntryId;
+use crate::clock::Timestamp;
 use crate::serve::entry_store::{EntryStore, lock};
 
 /// How often the uses of entries are recorded in the database. A service that is killed loses those
@@ -24,7 +25,7 @@ impl EntryStore {
             Ok(time) => self.inner.time.catch_up(time),
             Err(error) => warn!(cause = error.cause(), "cannot record the time"),
         }
-        let used: Vec<(EntryId, u64)> = lock(&self.inner.recent_uses).drain().collect();
+        let used: Vec<(EntryId, Timestamp)> = lock(&self.inner.recent_uses).drain().collect();
         if used.is_empty() {
             return;
         }
