@@ -1,10 +1,100 @@
 //! The time of day, in the form in which it is stored and signed.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::ops::{Add, Sub};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The time in seconds since 1970.
-pub fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs())
+use serde::{Deserialize, Serialize};
+
+/// A time in milliseconds since 1970, which is also its form in JSON. Sums and differences stop at
+/// the ends of its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Timestamp(u64);
+
+impl Timestamp {
+    /// The first time there is: the beginning of 1970.
+    pub const UNIX_EPOCH: Self = Self(0);
+
+    /// The last time there is.
+    pub const MAX: Self = Self(u64::MAX);
+
+    /// The time by this machine's clock; the beginning of 1970 if the clock says an earlier one.
+    pub fn now() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self::UNIX_EPOCH + now.unwrap_or_default()
+    }
+
+    /// The time `milliseconds` after the beginning of 1970.
+    pub const fn from_milliseconds(milliseconds: u64) -> Self {
+        Self(milliseconds)
+    }
+
+    /// The time `seconds` after the beginning of 1970.
+    pub const fn from_seconds(seconds: u64) -> Self {
+        Self(seconds.saturating_mul(1000))
+    }
+
+    /// The milliseconds since 1970.
+    pub const fn milliseconds(self) -> u64 {
+        self.0
+    }
+
+    /// The whole seconds since 1970.
+    pub const fn seconds(self) -> u64 {
+        self.0 / 1000
+    }
+
+    /// How long it is after `earlier`; nothing if it is before.
+    pub const fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(self.0.saturating_sub(earlier.0))
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Add<Duration> for Timestamp {
+    type Output = Self;
+
+    fn add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(milliseconds(duration)))
+    }
+}
+
+impl Sub<Duration> for Timestamp {
+    type Output = Self;
+
+    fn sub(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(milliseconds(duration)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_stop_at_the_ends_of_their_range() {
+        let second = Duration::from_secs(1);
+        assert_eq!(Timestamp::UNIX_EPOCH - second, Timestamp::UNIX_EPOCH);
+        for late in [Timestamp::MAX + second, Timestamp::from_seconds(u64::MAX)] {
+            assert_eq!(late, Timestamp::MAX);
+        }
+        assert_eq!(Timestamp::UNIX_EPOCH + Duration::MAX, Timestamp::MAX);
+        assert_eq!(Timestamp::UNIX_EPOCH.since(Timestamp::MAX), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_time_has_seconds_and_milliseconds_and_is_written_in_these() {
+        let time = Timestamp::from_seconds(2) + Duration::from_micros(345_678);
+        assert_eq!((time.seconds(), time.milliseconds()), (2, 2345));
+        assert_eq!(time.since(Timestamp::from_seconds(2)).as_millis(), 345);
+        assert_eq!(
+            time - Duration::from_millis(345),
+            Timestamp::from_seconds(2)
+        );
+        assert_eq!(serde_json::to_string(&time).unwrap(), "2345");
+        assert_eq!(serde_json::from_str::<Timestamp>("2345").unwrap(), time);
+    }
 }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
@@ -15,21 +16,23 @@ use futures_util::{Stream, StreamExt};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use sccache_action::cache_protocol::auth::{Access, Purpose, Tokens, UrlSigner};
+use sccache_action::cache_protocol::ids::{EntryId, UploadId};
 use sccache_action::cache_protocol::store::{
     Chunk, Content, Entry, EntryName, Query, Store, StoreError,
 };
 use sccache_action::cache_protocol::{AppState, router};
-use sccache_action::clock::now;
+use sccache_action::clock::Timestamp;
 use sccache_action::http::BearerToken;
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
 const CONTENT: &[u8] = b"what the entry has";
 const LIMIT: u64 = 1 << 20;
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// The number of the entry that is there from the beginning, and of the upload.
-const ENTRY: u64 = 1;
-const UPLOAD: u64 = 2;
+const ENTRY: EntryId = EntryId(1);
+const UPLOAD: UploadId = UploadId(2);
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -50,7 +53,7 @@ enum Asked<'a> {
 
 #[derive(Default)]
 struct Uploads {
-    open: HashMap<u64, (EntryName, Vec<u8>, BTreeMap<String, Vec<u8>>)>,
+    open: HashMap<UploadId, (EntryName, Vec<u8>, BTreeMap<String, Vec<u8>>)>,
     entries: Vec<(Entry, Vec<u8>)>,
 }
 
@@ -75,13 +78,14 @@ async fn received(pieces: impl Stream<Item = Chunk> + Send) -> Result<Vec<u8>, S
 }
 
 impl Store for Memory {
-    async fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
+    async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
         self.with(|uploads| {
             let taken = uploads.open.values().any(|(open, ..)| *open == name);
             if taken || uploads.entries.iter().any(|(entry, _)| entry.name == name) {
                 return Err(StoreError::AlreadyExists);
             }
-            let number = UPLOAD + 1 + uploads.open.len() as u64 + uploads.entries.len() as u64;
+            let known = uploads.open.len() + uploads.entries.len();
+            let number = UploadId(UPLOAD.0 + 1 + known as u64);
             uploads
                 .open
                 .insert(number, (name, Vec::new(), BTreeMap::new()));
@@ -95,7 +99,7 @@ impl Store for Memory {
             .ok_or(StoreError::TooLarge { limit: LIMIT })
     }
 
-    async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
+    async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         self.with(|uploads| {
             let mut open = uploads.open.iter();
             let found = open.find(|(_, (open, ..))| open == name);
@@ -105,7 +109,7 @@ impl Store for Memory {
         })
     }
 
-    async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
+    async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
         self.with(|uploads| {
             let found = uploads.open.get(&upload);
             found
@@ -116,7 +120,7 @@ impl Store for Memory {
 
     async fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -141,7 +145,7 @@ impl Store for Memory {
 
     async fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
@@ -156,7 +160,7 @@ impl Store for Memory {
         })
     }
 
-    async fn join_blocks(&self, upload: u64, names: Vec<String>) -> Result<(), StoreError> {
+    async fn join_blocks(&self, upload: UploadId, names: Vec<String>) -> Result<(), StoreError> {
         self.with(|uploads| {
             let found = uploads
                 .open
@@ -175,7 +179,7 @@ impl Store for Memory {
         })
     }
 
-    async fn commit(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
+    async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
         self.with(|uploads| {
             let (name, content, _) = uploads.open.get(&upload).ok_or(StoreError::NoSuchUpload)?;
             let actual = content.len() as u64;
@@ -186,10 +190,10 @@ impl Store for Memory {
                 });
             }
             let entry = Entry {
-                id: upload,
+                id: EntryId(upload.0),
                 name: name.clone(),
                 size,
-                created: 0,
+                created: Timestamp::UNIX_EPOCH,
             };
             uploads.entries.push((entry.clone(), content.clone()));
             uploads.open.remove(&upload);
@@ -208,14 +212,14 @@ impl Store for Memory {
         })
     }
 
-    async fn open(&self, entry: u64) -> Option<Content> {
+    async fn open(&self, entry: EntryId) -> Option<Content> {
         self.with(|uploads| {
             let found = uploads.entries.iter().find(|(known, _)| known.id == entry);
             found.map(|(_, content)| Content::Bytes(content.clone().into()))
         })
     }
 
-    async fn mark_missing(&self, _entry: u64) {}
+    async fn mark_missing(&self, _entry: EntryId) {}
 }
 
 fn named(key: &str) -> EntryName {
@@ -235,7 +239,7 @@ fn service() -> (Router, UrlSigner) {
             id: ENTRY,
             name: named("entry"),
             size,
-            created: 0,
+            created: Timestamp::UNIX_EPOCH,
         };
         uploads.entries.push((entry, CONTENT.to_vec()));
         uploads
@@ -259,7 +263,7 @@ fn service() -> (Router, UrlSigner) {
 
 fn request(asked: &Asked<'_>, signer: &UrlSigner) -> Result<Request<Body>, axum::http::Error> {
     const V1: &str = "/_apis/artifactcache";
-    let signed = |purpose, id| signer.query(purpose, id, now() + 60, None);
+    let signed = |purpose| signer.query(purpose, Timestamp::now() + MINUTE, None);
     let begin = |method: &str, uri: String| {
         Request::builder()
             .method(method)
@@ -282,13 +286,13 @@ fn request(asked: &Asked<'_>, signer: &UrlSigner) -> Result<Request<Body>, axum:
         }
         Asked::Commit(id, bytes) => begin("POST", format!("{V1}/caches/{id}")).body(body(bytes)),
         Asked::Upload(query, blob, bytes) => {
-            let query = format!("{}&{query}", signed(Purpose::Upload, UPLOAD));
+            let query = format!("{}&{query}", signed(Purpose::Upload(UPLOAD)));
             let request = begin("PUT", format!("/uploads/{UPLOAD}?{query}"));
             let kind = if blob { "x-ms-blob-type" } else { "x-other" };
             request.header(kind, "BlockBlob").body(body(bytes))
         }
         Asked::Download(head, range) => {
-            let query = signed(Purpose::Download, ENTRY);
+            let query = signed(Purpose::Download(ENTRY));
             let request = begin(
                 if head { "HEAD" } else { "GET" },
                 format!("/entries/{ENTRY}?{query}"),

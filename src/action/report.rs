@@ -13,7 +13,7 @@ use crate::action::mode::Mode;
 use crate::action::start_relay;
 use crate::action::state::{Setup, SetupState};
 use crate::action::summary::{self, Report};
-use crate::clock;
+use crate::clock::Timestamp;
 use crate::packs::index::RunStats;
 use crate::relay::activity::Activity;
 use crate::relay::process::ProcessError;
@@ -145,7 +145,11 @@ struct FinalState {
 impl FinalState {
     /// The numbers of this run for the next run's summary; `None` if no compile was looked up.
     fn ran(&self, dependencies: u64) -> Option<RunStats> {
-        summary::ran(self.stats.as_ref().ok()?, dependencies, clock::now())
+        summary::ran(
+            self.stats.as_ref().ok()?,
+            dependencies,
+            Timestamp::now().seconds(),
+        )
     }
 }
 
@@ -360,7 +364,7 @@ fn publish(
             .map(|relay| relay.as_ref().map_err(|_| lost.as_str())),
         keeper: final_state.keeper.as_ref(),
         min_hit_rate: options.min_hit_rate,
-        now: clock::now(),
+        now: Timestamp::now().seconds(),
     };
     log.group("sccache statistics", summary::log_text(&report));
     if !final_state.server_log.trim().is_empty() {

@@ -9,7 +9,9 @@ use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::Scope;
+use crate::clock::Timestamp;
 use crate::http::BearerToken;
 
 /// How long a signed URL may be used. A client asks for one right before it uses it; an upload of
@@ -137,10 +139,10 @@ impl fmt::Display for Owner {
 /// The purpose of a signed URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Writing an upload's content.
-    Upload,
-    /// Reading an entry's.
-    Download,
+    /// Writing the content of this upload.
+    Upload(UploadId),
+    /// Reading this entry's.
+    Download(EntryId),
 }
 
 /// Signs the URLs under which content is written and read. They need no token.
@@ -182,35 +184,31 @@ impl UrlSigner {
         hex::decode(text).ok()?.try_into().ok()
     }
 
-    /// The query of a URL for the content numbered `id`, valid until `expiry` (seconds since 1970),
-    /// for a token of `owner`.
-    pub fn query(&self, purpose: Purpose, id: u64, expiry: u64, owner: Option<Owner>) -> String {
-        let signature = self.signature(purpose, id, expiry, owner).finalize();
+    /// The query of a URL for `purpose`, valid until the end of the second `expiry`, for a token of
+    /// `owner`.
+    pub fn query(&self, purpose: Purpose, expiry: Timestamp, owner: Option<Owner>) -> String {
+        let signature = self.signature(purpose, expiry, owner).finalize();
         let signature = hex::encode(signature.into_bytes());
+        let seconds = expiry.seconds();
         match owner {
-            None => format!("se={expiry}&sig={signature}"),
-            Some(owner) => format!("se={expiry}&by={owner}&sig={signature}"),
+            None => format!("se={seconds}&sig={signature}"),
+            Some(owner) => format!("se={seconds}&by={owner}&sig={signature}"),
         }
     }
 
-    fn signature(
-        &self,
-        purpose: Purpose,
-        id: u64,
-        expiry: u64,
-        owner: Option<Owner>,
-    ) -> Hmac<Sha256> {
+    fn signature(&self, purpose: Purpose, expiry: Timestamp, owner: Option<Owner>) -> Hmac<Sha256> {
         // HMAC accepts a key of any length, so this cannot fail.
         let mut mac = match Hmac::<Sha256>::new_from_slice(&self.key) {
             Ok(mac) => mac,
             Err(error) => unreachable!("{error}"),
         };
-        mac.update(match purpose {
-            Purpose::Upload => b"upload",
-            Purpose::Download => b"download",
-        });
+        let (kind, id): (&[u8], u64) = match purpose {
+            Purpose::Upload(UploadId(id)) => (b"upload", id),
+            Purpose::Download(EntryId(id)) => (b"download", id),
+        };
+        mac.update(kind);
         mac.update(&id.to_be_bytes());
-        mac.update(&expiry.to_be_bytes());
+        mac.update(&expiry.seconds().to_be_bytes());
         if let Some(Owner(owner)) = owner {
             mac.update(&owner.to_be_bytes());
         }
@@ -218,29 +216,35 @@ impl UrlSigner {
     }
 
     /// Whether `expiry`, `owner` and `signature` of a URL come from this signer and the URL is
-    /// still valid at `now` (seconds since 1970).
+    /// still valid at `now`.
     pub fn is_valid(
         &self,
         purpose: Purpose,
-        id: u64,
-        (expiry, owner): (u64, Option<Owner>),
+        (expiry, owner): (Timestamp, Option<Owner>),
         signature: &str,
-        now: u64,
+        now: Timestamp,
     ) -> bool {
         let Ok(signature) = hex::decode(signature) else {
             return false;
         };
         let genuine = self
-            .signature(purpose, id, expiry, owner)
+            .signature(purpose, expiry, owner)
             .verify_slice(&signature);
-        let latest = now.saturating_add((URL_LIFETIME + CLOCKS_DIFFER).as_secs());
-        genuine.is_ok() && (now..=latest).contains(&expiry)
+        let is_over = expiry.seconds() < now.seconds();
+        let is_too_far = expiry > now + URL_LIFETIME + CLOCKS_DIFFER;
+        genuine.is_ok() && !is_over && !is_too_far
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_seconds(seconds)
+    }
+
+    const UPLOAD: Purpose = Purpose::Upload(UploadId(7));
 
     #[test]
     fn a_token_opens_what_it_was_given_for_and_nothing_else() {
@@ -270,22 +274,24 @@ mod tests {
     #[test]
     fn a_signed_url_is_good_for_one_thing_for_a_while() {
         let signer = UrlSigner::random().unwrap();
-        let query = signer.query(Purpose::Upload, 7, 100, None);
+        let query = signer.query(UPLOAD, at(100), None);
         let (_, signature) = query.split_once("sig=").unwrap();
         let valid =
-            |purpose, id, expiry, now| signer.is_valid(purpose, id, (expiry, None), signature, now);
-        assert!(valid(Purpose::Upload, 7, 100, 100));
-        assert!(!valid(Purpose::Upload, 7, 100, 101));
-        assert!(!valid(Purpose::Upload, 7, 101, 100));
-        assert!(!valid(Purpose::Upload, 8, 100, 100));
-        assert!(!valid(Purpose::Download, 7, 100, 100));
+            |purpose, expiry, now| signer.is_valid(purpose, (at(expiry), None), signature, at(now));
+        assert!(valid(UPLOAD, 100, 100));
+        let late = at(100) + Duration::from_millis(999);
+        assert!(signer.is_valid(UPLOAD, (at(100), None), signature, late));
+        assert!(!valid(UPLOAD, 100, 101));
+        assert!(!valid(UPLOAD, 101, 100));
+        assert!(!valid(Purpose::Upload(UploadId(8)), 100, 100));
+        assert!(!valid(Purpose::Download(EntryId(7)), 100, 100));
         // A signer whose clock was years ahead makes no URL that is good for years.
-        let far = signer.query(Purpose::Upload, 7, 100_000, None);
+        let far = signer.query(UPLOAD, at(100_000), None);
         let (_, far) = far.split_once("sig=").unwrap();
-        assert!(!signer.is_valid(Purpose::Upload, 7, (100_000, None), far, 99));
+        assert!(!signer.is_valid(UPLOAD, (at(100_000), None), far, at(99)));
         let other = UrlSigner::random().unwrap();
-        assert!(!other.is_valid(Purpose::Upload, 7, (100, None), signature, 100));
-        assert!(!signer.is_valid(Purpose::Upload, 7, (100, None), "zz", 100));
+        assert!(!other.is_valid(UPLOAD, (at(100), None), signature, at(100)));
+        assert!(!signer.is_valid(UPLOAD, (at(100), None), "zz", at(100)));
     }
 
     #[test]
@@ -298,11 +304,11 @@ mod tests {
         assert_eq!(access("refs/heads/main"), None);
         assert_eq!(access(":refs/heads/main"), None);
         let signer = UrlSigner::random().unwrap();
-        let query = signer.query(Purpose::Upload, 7, 100, owner);
+        let query = signer.query(UPLOAD, at(100), owner);
         let (head, signature) = query.split_once("&sig=").unwrap();
         let (_, by) = head.split_once("by=").unwrap();
         assert_eq!(Owner::parse(by), owner);
-        let valid = |owner| signer.is_valid(Purpose::Upload, 7, (100, owner), signature, 100);
+        let valid = |owner| signer.is_valid(UPLOAD, (at(100), owner), signature, at(100));
         assert!(valid(owner));
         assert!(!valid(None) && !valid(access("2:refs/heads/main")));
     }

@@ -11,7 +11,6 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LAST_MODIFIED, RANGE,
-    RETRY_AFTER,
 };
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -21,9 +20,10 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use crate::cache_protocol::auth::{Owner, Purpose};
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, PARTS_LIMIT, Store, StoreError};
-use crate::cache_protocol::{AppState, Peer, RETRY_AFTER_SECONDS};
-use crate::clock;
+use crate::cache_protocol::{AppState, Peer, with_retry_after};
+use crate::clock::Timestamp;
 
 /// The longest block list, in bytes: Azure's 50,000 blocks with names of 64 bytes.
 const BLOCK_LIST_LIMIT: usize = 8 << 20;
@@ -54,15 +54,10 @@ impl SignedQuery {
     }
 }
 
-fn is_signed<S: Store>(
-    shared: &AppState<S>,
-    purpose: Purpose,
-    id: u64,
-    signature: &SignedQuery,
-) -> bool {
+fn is_signed<S: Store>(shared: &AppState<S>, purpose: Purpose, signature: &SignedQuery) -> bool {
     let SignedQuery { se, sig, .. } = signature;
-    let said = (*se, signature.owner());
-    let valid = shared.signer.is_valid(purpose, id, said, sig, clock::now());
+    let said = (Timestamp::from_seconds(*se), signature.owner());
+    let valid = shared.signer.is_valid(purpose, said, sig, Timestamp::now());
     if !valid {
         shared.counters.refused.inc();
     }
@@ -98,14 +93,14 @@ fn bad_method() -> Response {
 /// Put Blob, Put Block and Put Block List.
 pub(super) async fn upload<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<UploadId>,
     Query(query): Query<SignedQuery>,
     peer: Peer,
     method: Method,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    if !is_signed(&shared, Purpose::Upload, id, &query) {
+    if !is_signed(&shared, Purpose::Upload(id), &query) {
         return unsigned();
     }
     if method != Method::PUT {
@@ -118,7 +113,7 @@ pub(super) async fn upload<S: Store>(
 
 async fn put<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: UploadId,
     query: SignedQuery,
     headers: &HeaderMap,
     body: Body,
@@ -169,28 +164,8 @@ fn bad_request(message: &str) -> Response {
 
 fn upload_refused(error: &StoreError) -> Response {
     error.log();
-    let (status, code) = match error {
-        StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "BlobNotFound"),
-        StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
-        StoreError::NoSuchBlock => (StatusCode::BAD_REQUEST, "InvalidBlockList"),
-        StoreError::AlreadyExists
-        | StoreError::Busy
-        | StoreError::SizeMismatch { .. }
-        | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
-        StoreError::TooManyParts => (StatusCode::CONFLICT, "BlockCountExceedsLimit"),
-        StoreError::Full => (StatusCode::SERVICE_UNAVAILABLE, "ServerBusy"),
-        StoreError::Crowded { .. } => (StatusCode::INSUFFICIENT_STORAGE, "InsufficientStorage"),
-        StoreError::Io(_) | StoreError::Backend(_) => {
-            (StatusCode::INTERNAL_SERVER_ERROR, "InternalError")
-        }
-    };
-    let answer = refusal(status, code, &error.to_string());
-    match status {
-        StatusCode::SERVICE_UNAVAILABLE => {
-            ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response()
-        }
-        _ => answer,
-    }
+    let (status, code) = error.answers().azure_blob;
+    with_retry_after(refusal(status, code, &error.to_string()))
 }
 
 fn pieces<S: Store>(
@@ -227,13 +202,13 @@ fn block_list(xml: &str) -> Option<Vec<String>> {
 /// Get Blob and Get Blob Properties.
 pub(super) async fn download<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
+    Path(id): Path<EntryId>,
     Query(query): Query<SignedQuery>,
     peer: Peer,
     method: Method,
     headers: HeaderMap,
 ) -> Response {
-    if !is_signed(&shared, Purpose::Download, id, &query) {
+    if !is_signed(&shared, Purpose::Download(id), &query) {
         return unsigned();
     }
     if method != Method::GET && method != Method::HEAD {
@@ -246,7 +221,7 @@ pub(super) async fn download<S: Store>(
 
 async fn get<S: Store>(
     shared: &AppState<S>,
-    id: u64,
+    id: EntryId,
     method: &Method,
     headers: &HeaderMap,
 ) -> Response {
@@ -309,7 +284,11 @@ pub(crate) fn is_missing(error: &std::io::Error) -> bool {
 
 /// The answer if content cannot be read. Content that was deleted or cut off behind our back makes
 /// its entry invalid; any other error may pass.
-async fn unreadable<S: Store>(shared: &AppState<S>, entry: u64, error: std::io::Error) -> Response {
+async fn unreadable<S: Store>(
+    shared: &AppState<S>,
+    entry: EntryId,
+    error: std::io::Error,
+) -> Response {
     if is_missing(&error) {
         shared.store.mark_missing(entry).await;
         return gone();

@@ -12,6 +12,7 @@ use axum::http::HeaderMap;
 
 use crate::cache_protocol::auth::Access;
 use crate::cache_protocol::runtime_token::{AllowedRepositories, TokenRepository, scope_of};
+use crate::clock::Timestamp;
 
 /// The secret that the runner has as `cache.secret`.
 #[derive(Clone)]
@@ -36,10 +37,10 @@ impl ForgejoRunner {
         Self { secret, allowed }
     }
 
-    /// The rights of a request with these headers at `now` (seconds since 1970), or `None` if it is
-    /// not from the runner. A run with an isolation key writes to its own scope. It reads that
-    /// scope first, then the one that all runs share.
-    pub fn access(&self, headers: &HeaderMap, now: u64) -> Option<Access> {
+    /// The rights of a request with these headers at `now`, or `None` if it is not from the runner.
+    /// A run with an isolation key writes to its own scope. It reads that scope first, then the one
+    /// that all runs share.
+    pub fn access(&self, headers: &HeaderMap, now: Timestamp) -> Option<Access> {
         let repository = header(headers, "Forgejo-Cache-Repo")?;
         let run = header(headers, "Forgejo-Cache-RunNumber")?;
         let timestamp = header(headers, "Forgejo-Cache-Timestamp")?;
@@ -48,7 +49,7 @@ impl ForgejoRunner {
         let mut expected = Hmac::<Sha256>::new_from_slice(&self.secret).ok()?;
         expected.update(format!("{repository}>{run}>{timestamp}>{isolation}").as_bytes());
         expected.verify_slice(&mac).ok()?;
-        if timestamp.parse::<u64>().ok()? > now {
+        if Timestamp::from_seconds(timestamp.parse().ok()?) > now {
             return None;
         }
         let named = TokenRepository {
@@ -79,6 +80,10 @@ impl ForgejoRunner {
 mod tests {
     use super::*;
 
+    const fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_seconds(seconds)
+    }
+
     /// The headers of the runner's own tests, with the secret `secret`.
     fn headers(isolation: Option<&'static str>, mac: &'static str) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -100,16 +105,16 @@ mod tests {
     #[test]
     fn the_runners_mac_opens_its_repository() {
         let runner = ForgejoRunner::new(b"secret".to_vec(), AllowedRepositories::default());
-        let access = runner.access(&headers(None, MAC), 1).unwrap();
+        let access = runner.access(&headers(None, MAC), at(1)).unwrap();
         assert_eq!(access, Access::to("testuser/repo:".into()));
         assert_eq!(
             ForgejoRunner::new(b"other".to_vec(), AllowedRepositories::default())
-                .access(&headers(None, MAC), 1),
+                .access(&headers(None, MAC), at(1)),
             None
         );
-        assert_eq!(runner.access(&headers(Some("pr"), MAC), 1), None);
-        assert_eq!(runner.access(&headers(None, "00"), 1), None);
-        assert_eq!(runner.access(&HeaderMap::new(), 1), None);
+        assert_eq!(runner.access(&headers(Some("pr"), MAC), at(1)), None);
+        assert_eq!(runner.access(&headers(None, "00"), at(1)), None);
+        assert_eq!(runner.access(&HeaderMap::new(), at(1)), None);
     }
 
     #[test]
@@ -118,7 +123,7 @@ mod tests {
         mac.update(b"testuser/repo>1>0>pr");
         let mac: &'static str = hex::encode(mac.finalize().into_bytes()).leak();
         let runner = ForgejoRunner::new(b"secret".to_vec(), AllowedRepositories::default());
-        let access = runner.access(&headers(Some("pr"), mac), 1).unwrap();
+        let access = runner.access(&headers(Some("pr"), mac), at(1)).unwrap();
         assert_eq!(access.write, Some("testuser/repo:pr".into()));
         assert_eq!(
             access.read,
@@ -134,7 +139,7 @@ mod tests {
         let runner = ForgejoRunner::new(b"secret".to_vec(), AllowedRepositories::default());
         let mut headers = headers(None, mac);
         headers.insert("Forgejo-Cache-Timestamp", "100".parse().unwrap());
-        assert_eq!(runner.access(&headers, 99), None);
-        assert!(runner.access(&headers, 100).is_some());
+        assert_eq!(runner.access(&headers, at(99)), None);
+        assert!(runner.access(&headers, at(100)).is_some());
     }
 }

@@ -11,10 +11,12 @@ pub mod blob_digests;
 pub mod content_range;
 mod counters;
 pub mod forgejo;
+pub mod ids;
 pub mod messages;
 pub mod parts;
 pub mod runtime_token;
 pub mod store;
+mod store_error;
 pub mod temporary;
 pub mod turns;
 mod v1;
@@ -27,20 +29,22 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Router;
 use axum::extract::{ConnectInfo, FromRequestParts};
-use axum::http::HeaderMap;
-use axum::http::header::{AUTHORIZATION, HOST};
+use axum::http::header::{AUTHORIZATION, HOST, RETRY_AFTER};
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, patch, post};
 
 pub use crate::cache_protocol::counters::{Counters, Snapshot};
-pub use crate::clock;
 
 use crate::cache_protocol::auth::{
     Access, KeysUnavailable, Owner, Purpose, TokenVerifier, Tokens, URL_LIFETIME, UrlSigner,
 };
 use crate::cache_protocol::forgejo::ForgejoRunner;
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::Store;
 use crate::cache_protocol::turns::{Client, Turns, origin};
+use crate::clock::Timestamp;
 use crate::http::BearerToken;
 
 /// The largest entry, in bytes: GitHub's limit for a whole repository.
@@ -98,7 +102,7 @@ impl Authenticator {
             }
         }
         let proxied = self.forgejo.as_ref();
-        match proxied.and_then(|runner| runner.access(headers, clock::now())) {
+        match proxied.and_then(|runner| runner.access(headers, Timestamp::now())) {
             Some(access) => Ok(Some(Arc::new(access))),
             None => unknown,
         }
@@ -117,6 +121,16 @@ enum AuthError {
 /// How long a client should wait, in seconds, if the service cannot answer now but may soon: the
 /// value of the header `Retry-After`.
 const RETRY_AFTER_SECONDS: &str = "1";
+
+/// `answer` as a response, which says when to ask again if the service cannot answer now.
+fn with_retry_after(answer: impl IntoResponse) -> Response {
+    let mut answer = answer.into_response();
+    if answer.status() == StatusCode::SERVICE_UNAVAILABLE {
+        let seconds = HeaderValue::from_static(RETRY_AFTER_SECONDS);
+        answer.headers_mut().insert(RETRY_AFTER, seconds);
+    }
+    answer
+}
 
 /// The address of the client, if the service was told to record it.
 #[derive(Clone, Copy, Debug)]
@@ -201,30 +215,24 @@ impl<S: Store> AppState<S> {
         turns.work(client, request).await
     }
 
-    /// A signed URL for the content numbered `id`, under the host that the client itself used: it
-    /// may know this machine by another name.
-    fn content_url(
-        &self,
-        purpose: Purpose,
-        id: u64,
-        access: &Access,
-        headers: &HeaderMap,
-    ) -> String {
-        let expiry = clock::now() + URL_LIFETIME.as_secs();
-        let query = self.signer.query(purpose, id, expiry, access.owner());
+    /// A signed URL for `purpose`, under the host that the client itself used: it may know this
+    /// machine by another name.
+    fn content_url(&self, purpose: Purpose, access: &Access, headers: &HeaderMap) -> String {
+        let expiry = Timestamp::now() + URL_LIFETIME;
+        let query = self.signer.query(purpose, expiry, access.owner());
         let proxied = self
             .authenticator
             .forgejo
             .as_ref()
             .and(ForgejoRunner::base_url(headers));
+        let (kind, id) = match purpose {
+            Purpose::Upload(UploadId(id)) => ("uploads", id),
+            Purpose::Download(EntryId(id)) => ("entries", id),
+        };
         if let Some(base) = proxied {
             // The runner forwards only requests under this path.
             return format!("{base}/_apis/artifactcache/artifacts/{id}?{query}");
         }
-        let kind = match purpose {
-            Purpose::Upload => "uploads",
-            Purpose::Download => "entries",
-        };
         if let Some(base) = &self.public_url {
             return format!("{base}/{kind}/{id}?{query}");
         }

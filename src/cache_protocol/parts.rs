@@ -4,11 +4,12 @@
 //! Each part stays as it came, as a blob of its own that never changes, and an entry is a list of
 //! them. So a commit moves no bytes, whatever the entry's size and wherever its blobs are.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::cache_protocol::blob_digests::Digests;
+use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 
 /// A part of an entry: the number of its blob, and its size in bytes.
@@ -16,7 +17,7 @@ use crate::cache_protocol::store::StoreError;
 #[serde(try_from = "EncodedPart", into = "EncodedPart")]
 pub struct Part {
     /// The number of its blob.
-    pub blob: u64,
+    pub blob: BlobId,
     /// Its size in bytes.
     pub size: u64,
     /// The digests of its blob.
@@ -29,9 +30,9 @@ pub struct Part {
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum EncodedPart {
-    Placed(u64, u64, String, bool),
-    Checked(u64, u64, String),
-    Unchecked(u64, u64),
+    Placed(BlobId, u64, String, bool),
+    Checked(BlobId, u64, String),
+    Unchecked(BlobId, u64),
 }
 
 impl TryFrom<EncodedPart> for Part {
@@ -65,8 +66,8 @@ impl From<Part> for EncodedPart {
 /// The content that one request brought to an upload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceivedPart {
-    /// The number of its blob. Later ones are greater.
-    pub blob: u64,
+    /// The number of its blob.
+    pub blob: BlobId,
     /// The name of the block, or `None` for a piece at an offset.
     pub block: Option<String>,
     /// Its position in the content, in bytes. A block has no position.
@@ -154,6 +155,17 @@ fn pieces(received: &[ReceivedPart]) -> Vec<Part> {
     parts
 }
 
+/// The parts of `received` that are not in `parts`: what was replaced, left out or is behind a gap.
+pub fn unused<'a>(
+    received: &'a [ReceivedPart],
+    parts: &[Part],
+) -> impl Iterator<Item = &'a ReceivedPart> + use<'a> {
+    let named: HashSet<BlobId> = parts.iter().map(|part| part.blob).collect();
+    received
+        .iter()
+        .filter(move |part| !named.contains(&part.blob))
+}
+
 /// The size of `parts` in bytes.
 pub fn total(parts: &[Part]) -> u64 {
     parts
@@ -163,7 +175,7 @@ pub fn total(parts: &[Part]) -> u64 {
 
 /// The storage that `parts` take, in bytes: each blob counts once, however often it is named.
 pub fn stored(parts: &[Part]) -> u64 {
-    let blobs: HashMap<u64, u64> = parts.iter().map(|part| (part.blob, part.size)).collect();
+    let blobs: HashMap<BlobId, u64> = parts.iter().map(|part| (part.blob, part.size)).collect();
     blobs
         .values()
         .fold(0, |total, size| total.saturating_add(*size))
@@ -175,7 +187,7 @@ pub struct Segment {
     /// Which of the parts it is of.
     pub part: usize,
     /// The number of its blob.
-    pub blob: u64,
+    pub blob: BlobId,
     /// Its position in the blob, in bytes.
     pub start: u64,
     /// Its length in bytes, never 0.
@@ -212,7 +224,7 @@ mod tests {
 
     fn piece(blob: u64, start: u64, size: u64) -> ReceivedPart {
         ReceivedPart {
-            blob,
+            blob: BlobId(blob),
             block: None,
             start,
             size,
@@ -223,7 +235,7 @@ mod tests {
 
     fn block(blob: u64, name: &str, size: u64) -> ReceivedPart {
         ReceivedPart {
-            blob,
+            blob: BlobId(blob),
             block: Some(name.to_owned()),
             start: 0,
             size,
@@ -233,7 +245,7 @@ mod tests {
     }
 
     fn blobs(parts: &[Part]) -> Vec<u64> {
-        parts.iter().map(|part| part.blob).collect()
+        parts.iter().map(|part| part.blob.0).collect()
     }
 
     #[test]
@@ -253,7 +265,7 @@ mod tests {
         let mut digester = crate::cache_protocol::blob_digests::Digester::default();
         digester.add(b"content");
         let part = Part {
-            blob: 3,
+            blob: BlobId(3),
             size: 7,
             digests: digester.end(),
             inside: false,
@@ -306,6 +318,20 @@ mod tests {
         ));
     }
 
+    #[test]
+    fn what_is_replaced_or_left_out_is_unused() {
+        let received = [
+            piece(1, 0, 3),
+            piece(2, 0, 3),
+            block(3, "a", 1),
+            piece(4, 3, 0),
+        ];
+        let parts = content(&received, None, 3).unwrap();
+        let left: Vec<u64> = unused(&received, &parts).map(|part| part.blob.0).collect();
+        assert_eq!(left, [1, 3, 4]);
+        assert_eq!(unused(&received, &[]).count(), received.len());
+    }
+
     proptest! {
         /// Against the content itself, cut as a slice is.
         #[test]
@@ -314,14 +340,14 @@ mod tests {
             first in 0u64..40,
             length in 0u64..40,
         ) {
-            let parts: Vec<Part> = (0u64..).zip(&sizes).map(|(blob, size)| Part { blob, size: *size, digests: Digests::default(), inside: false }).collect();
-            let all: Vec<(u64, u64)> = parts
+            let parts: Vec<Part> = (0u64..).zip(&sizes).map(|(blob, size)| Part { blob: BlobId(blob), size: *size, digests: Digests::default(), inside: false }).collect();
+            let all: Vec<(BlobId, u64)> = parts
                 .iter()
                 .flat_map(|part| (0..part.size).map(|byte| (part.blob, byte)))
                 .collect();
-            let expected: Vec<(u64, u64)> =
+            let expected: Vec<(BlobId, u64)> =
                 all.into_iter().skip(first as usize).take(length as usize).collect();
-            let found: Vec<(u64, u64)> = segments(&parts, first, length)
+            let found: Vec<(BlobId, u64)> = segments(&parts, first, length)
                 .iter()
                 .flat_map(|part| (part.start..part.start + part.length).map(|byte| (part.blob, byte)))
                 .collect();

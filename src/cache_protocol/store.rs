@@ -11,6 +11,11 @@ use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tokio::fs::File;
 
+use crate::cache_protocol::ids::{EntryId, UploadId};
+use crate::clock::Timestamp;
+
+pub use crate::cache_protocol::store_error::StoreError;
+
 /// The longest key, in characters (GitHub's documentation of dependency caching).
 pub const KEY_LIMIT: usize = 512;
 
@@ -50,15 +55,15 @@ pub struct EntryName {
 /// A committed entry. It never changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// The entry's number. Later ones are greater.
-    pub id: u64,
+    /// Its number.
+    pub id: EntryId,
     /// Its name.
     #[serde(flatten)]
     pub name: EntryName,
     /// Its size in bytes.
     pub size: u64,
-    /// When it was committed, in milliseconds since 1970.
-    pub created: u64,
+    /// When it was committed.
+    pub created: Timestamp,
 }
 
 /// A look-up.
@@ -70,76 +75,6 @@ pub struct Query<'a> {
     pub version: &'a str,
     /// The keys to look for, best first.
     pub keys: &'a [&'a str],
-}
-
-/// The reason why a storage refused or failed.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// There is an entry of this name, or one is being uploaded.
-    #[error("cache entry with the same key, version, and scope already exists")]
-    AlreadyExists,
-    /// No entry of this name or number is being uploaded.
-    #[error("there is no such upload")]
-    NoSuchUpload,
-    /// The upload is being written or committed right now.
-    #[error("the upload is still being written")]
-    Busy,
-    /// The upload is not as long as its client claims.
-    #[error("the upload has {actual} bytes, not {claimed}")]
-    SizeMismatch {
-        /// The number of bytes that were received.
-        actual: u64,
-        /// The number of bytes that the client claims.
-        claimed: u64,
-    },
-    /// The upload names a block that was not uploaded.
-    #[error("the block list names a block that was not uploaded")]
-    NoSuchBlock,
-    /// The entry is larger than the service takes.
-    #[error("a cache entry may have at most {limit} bytes")]
-    TooLarge {
-        /// The limit in bytes.
-        limit: u64,
-    },
-    /// There is no room on the disk. Some is being made, so a later try may do better.
-    #[error("the storage is full; try again")]
-    Full,
-    /// Received but uncommitted content takes up as much as it may.
-    #[error("uncommitted uploads take more than {limit} bytes; commit some or wait")]
-    Crowded {
-        /// The limit in bytes.
-        limit: u64,
-    },
-    /// The upload has reached the limit of parts.
-    #[error("an upload may have at most {PARTS_LIMIT} blocks or pieces")]
-    TooManyParts,
-    /// The client broke off.
-    #[error("the request ended early: {0}")]
-    Interrupted(String),
-    /// The storage itself failed. Clients get no details; the log has them.
-    #[error("the storage failed")]
-    Io(#[from] io::Error),
-    /// A database or another service that the storage is on failed.
-    #[error("the storage failed")]
-    Backend(#[source] Box<dyn std::error::Error + Send + Sync>),
-}
-
-impl StoreError {
-    /// The text for the log; for errors of the storage it has more details than clients get.
-    pub fn cause(&self) -> String {
-        match self {
-            Self::Io(error) => error.to_string(),
-            Self::Backend(error) => error.to_string(),
-            error => error.to_string(),
-        }
-    }
-
-    /// Logs it if the storage is to blame and not the client.
-    pub fn log(&self) {
-        if matches!(self, Self::Io(_) | Self::Backend(_)) {
-            tracing::error!(cause = self.cause(), "a request failed");
-        }
-    }
 }
 
 /// An entry's content.
@@ -196,7 +131,8 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::AlreadyExists`] if the name is taken.
-    fn reserve(&self, name: EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    fn reserve(&self, name: EntryName)
+    -> impl Future<Output = Result<UploadId, StoreError>> + Send;
 
     /// Whether the store accepts an entry of `size` bytes.
     ///
@@ -208,13 +144,19 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    fn upload_of(&self, name: &EntryName) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    fn upload_of(
+        &self,
+        name: &EntryName,
+    ) -> impl Future<Output = Result<UploadId, StoreError>> + Send;
 
     /// The name under which `upload` was reserved.
     ///
     /// # Errors
     /// [`StoreError::NoSuchUpload`] if there is none.
-    fn name_of(&self, upload: u64) -> impl Future<Output = Result<EntryName, StoreError>> + Send;
+    fn name_of(
+        &self,
+        upload: UploadId,
+    ) -> impl Future<Output = Result<EntryName, StoreError>> + Send;
 
     /// Writes at `offset` of `upload`; `truncate` drops everything that was written before.
     ///
@@ -224,7 +166,7 @@ pub trait Store: Send + Sync + 'static {
     /// errors of the stream and of the storage.
     fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -236,7 +178,7 @@ pub trait Store: Send + Sync + 'static {
     /// As [`Store::write`].
     fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
@@ -247,7 +189,7 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::NoSuchBlock`], and those of [`Store::write`].
     fn join_blocks(
         &self,
-        upload: u64,
+        upload: UploadId,
         blocks: Vec<String>,
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
@@ -257,7 +199,7 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::SizeMismatch`] if it has not `size` bytes.
     fn commit(
         &self,
-        upload: u64,
+        upload: UploadId,
         size: u64,
     ) -> impl Future<Output = Result<Entry, StoreError>> + Send;
 
@@ -265,10 +207,10 @@ pub trait Store: Send + Sync + 'static {
     fn find(&self, query: &Query<'_>) -> impl Future<Output = Option<Entry>> + Send;
 
     /// The content of the entry of this number, or `None` if it is gone.
-    fn open(&self, entry: u64) -> impl Future<Output = Option<Content>> + Send;
+    fn open(&self, entry: EntryId) -> impl Future<Output = Option<Content>> + Send;
 
     /// Marks the content of an entry as missing or damaged: the store drops the entry.
-    fn mark_missing(&self, entry: u64) -> impl Future<Output = ()> + Send;
+    fn mark_missing(&self, entry: EntryId) -> impl Future<Output = ()> + Send;
 }
 
 /// A request names keys or a version that no service takes.

@@ -11,7 +11,6 @@ use std::io::{self, SeekFrom};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -24,11 +23,13 @@ use tokio_util::io::ReaderStream;
 
 use crate::cache_protocol::auth::{Tokens, UrlSigner};
 use crate::cache_protocol::blob_digests::Digests;
+use crate::cache_protocol::ids::{BlobId, EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part, ReceivedPart, Segment};
 use crate::cache_protocol::store::{
     Bytestream, Chunk, Content, Entry, EntryName, Query, RangeRead, Scope, Store, StoreError,
 };
 use crate::cache_protocol::{AppState, ENTRY_LIMIT, Snapshot, router};
+use crate::clock::Timestamp;
 
 /// How much of a file is in memory at once, in bytes.
 const READ_SIZE: usize = 128 * 1024;
@@ -50,11 +51,11 @@ struct TemporaryInner {
 struct StoreState {
     /// The last number that was given to an upload, a blob or an entry.
     last: u64,
-    uploads: HashMap<u64, OpenUpload>,
-    reserved: HashMap<EntryName, u64>,
-    entries: HashMap<u64, CommittedEntry>,
+    uploads: HashMap<UploadId, OpenUpload>,
+    reserved: HashMap<EntryName, UploadId>,
+    entries: HashMap<EntryId, CommittedEntry>,
     /// The entries' numbers by scope, version and key.
-    names: BTreeMap<(Scope, String, String), u64>,
+    names: BTreeMap<(Scope, String, String), EntryId>,
 }
 
 #[derive(Debug)]
@@ -78,7 +79,7 @@ impl StoreState {
         self.last
     }
 
-    fn upload(&mut self, upload: u64) -> Result<&mut OpenUpload, StoreError> {
+    fn upload(&mut self, upload: UploadId) -> Result<&mut OpenUpload, StoreError> {
         self.uploads
             .get_mut(&upload)
             .ok_or(StoreError::NoSuchUpload)
@@ -110,7 +111,7 @@ fn lock(inner: &TemporaryInner) -> MutexGuard<'_, StoreState> {
     inner.state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn blob_path(folder: &Path, blob: u64) -> PathBuf {
+fn blob_path(folder: &Path, blob: BlobId) -> PathBuf {
     folder.join(blob.to_string())
 }
 
@@ -151,7 +152,7 @@ impl TemporaryStore {
     /// Receives the content of one request.
     async fn receive(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: Option<&str>,
         (start, truncate): (u64, bool),
         pieces: impl Stream<Item = Chunk> + Send,
@@ -184,20 +185,20 @@ impl TemporaryStore {
 /// leaves nothing.
 struct Receiving {
     inner: Arc<TemporaryInner>,
-    upload: u64,
-    blob: u64,
+    upload: UploadId,
+    blob: BlobId,
     /// Whether the received content belongs to the upload.
     kept: bool,
 }
 
 impl Receiving {
-    fn begin(store: &TemporaryStore, upload: u64) -> Result<Self, StoreError> {
+    fn begin(store: &TemporaryStore, upload: UploadId) -> Result<Self, StoreError> {
         let mut state = lock(&store.inner);
         state.upload(upload)?.writing += 1;
         Ok(Self {
             inner: store.inner.clone(),
             upload,
-            blob: state.number(),
+            blob: BlobId(state.number()),
             kept: false,
         })
     }
@@ -235,7 +236,7 @@ impl Drop for Receiving {
 }
 
 /// Deletes blobs. A file that cannot be deleted goes with the folder.
-fn remove(folder: &Path, blobs: impl IntoIterator<Item = u64>) {
+fn remove(folder: &Path, blobs: impl IntoIterator<Item = BlobId>) {
     for blob in blobs {
         let _ = fs::remove_file(blob_path(folder, blob));
     }
@@ -277,12 +278,12 @@ impl RangeRead for JoinedFiles {
 }
 
 impl Store for TemporaryStore {
-    async fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
+    async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
         let mut state = lock(&self.inner);
         if state.reserved.contains_key(&name) || state.names.contains_key(&indexed(&name)) {
             return Err(StoreError::AlreadyExists);
         }
-        let number = state.number();
+        let number = UploadId(state.number());
         state.reserved.insert(name.clone(), number);
         let upload = OpenUpload {
             name,
@@ -302,19 +303,19 @@ impl Store for TemporaryStore {
         }
     }
 
-    async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
+    async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         let state = lock(&self.inner);
         let upload = state.reserved.get(name).copied();
         upload.ok_or(StoreError::NoSuchUpload)
     }
 
-    async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
+    async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
         Ok(lock(&self.inner).upload(upload)?.name.clone())
     }
 
     async fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -324,14 +325,14 @@ impl Store for TemporaryStore {
 
     async fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
         self.receive(upload, Some(block), (0, false), pieces).await
     }
 
-    async fn join_blocks(&self, upload: u64, blocks: Vec<String>) -> Result<(), StoreError> {
+    async fn join_blocks(&self, upload: UploadId, blocks: Vec<String>) -> Result<(), StoreError> {
         let mut state = lock(&self.inner);
         let upload = state.upload(upload)?;
         let parts = parts::listed(&upload.received, &blocks)?;
@@ -340,7 +341,7 @@ impl Store for TemporaryStore {
         Ok(())
     }
 
-    async fn commit(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
+    async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
         self.check_size(size)?;
         let mut state = lock(&self.inner);
         let known = state.upload(upload)?;
@@ -353,20 +354,13 @@ impl Store for TemporaryStore {
             .remove(&upload)
             .ok_or(StoreError::NoSuchUpload)?;
         state.reserved.remove(&known.name);
-        let unused = known
-            .received
-            .iter()
-            .map(|part| part.blob)
-            .filter(|blob| parts.iter().all(|part| part.blob != *blob));
+        let unused = parts::unused(&known.received, &parts).map(|part| part.blob);
         remove(&self.inner.folder, unused);
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| time.as_millis());
         let entry = Entry {
-            id: state.number(),
+            id: EntryId(state.number()),
             name: known.name,
             size,
-            created: u64::try_from(now).unwrap_or(u64::MAX),
+            created: Timestamp::now(),
         };
         state.names.insert(indexed(&entry.name), entry.id);
         let committed = CommittedEntry {
@@ -387,7 +381,7 @@ impl Store for TemporaryStore {
         found.cloned()
     }
 
-    async fn open(&self, entry: u64) -> Option<Content> {
+    async fn open(&self, entry: EntryId) -> Option<Content> {
         let folder = &self.inner.folder;
         let parts = lock(&self.inner).entries.get(&entry)?.parts.clone();
         match &*parts {
@@ -410,7 +404,7 @@ impl Store for TemporaryStore {
         }
     }
 
-    async fn mark_missing(&self, entry: u64) {
+    async fn mark_missing(&self, entry: EntryId) {
         let mut state = lock(&self.inner);
         let Some(gone) = state.entries.remove(&entry) else {
             return;

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Path, Query as UrlQuery, State};
-use axum::http::header::{CONTENT_RANGE, RETRY_AFTER};
+use axum::extract::{FromRequestParts, Path, Query as UrlQuery, State};
+use axum::http::header::CONTENT_RANGE;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
@@ -17,13 +18,14 @@ use serde::de::DeserializeOwned;
 
 use crate::cache_protocol::auth::{Access, Purpose};
 use crate::cache_protocol::content_range::ContentRange;
+use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::messages::v1::{
     CommitRequest, FindQuery, FindResponse, ReserveRequest, ReserveResponse,
 };
 use crate::cache_protocol::store::{
     Chunk, EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
 };
-use crate::cache_protocol::{AppState, AuthError, Peer, RETRY_AFTER_SECONDS};
+use crate::cache_protocol::{AppState, AuthError, Peer, with_retry_after};
 
 /// The longest request without content, in bytes.
 const REQUEST_LIMIT: usize = 64 * 1024;
@@ -47,12 +49,7 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let status = self.status;
-        let answer = (status, Json(self)).into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            return ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response();
-        }
-        answer
+        with_retry_after((self.status, Json(self)))
     }
 }
 
@@ -69,29 +66,82 @@ impl From<AuthError> for Refusal {
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         error.log();
-        let status = match error {
-            StoreError::AlreadyExists | StoreError::Busy => StatusCode::CONFLICT,
-            StoreError::NoSuchUpload => StatusCode::NOT_FOUND,
-            // `@actions/cache` shows the message of status 400 only (`reserveCache`).
-            StoreError::TooLarge { .. }
-            | StoreError::SizeMismatch { .. }
-            | StoreError::NoSuchBlock
-            | StoreError::TooManyParts
-            | StoreError::Interrupted(_) => StatusCode::BAD_REQUEST,
-            StoreError::Full => StatusCode::SERVICE_UNAVAILABLE,
-            StoreError::Crowded { .. } => StatusCode::INSUFFICIENT_STORAGE,
-            StoreError::Io(_) | StoreError::Backend(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, error)
+        Self::new(error.answers().v1, error)
     }
 }
 
-async fn access<S: Store>(
-    shared: &AppState<S>,
-    headers: &HeaderMap,
-) -> Result<Arc<Access>, Refusal> {
-    shared.counters.version_1.inc();
-    Ok(shared.access(headers).await?)
+/// The sender of a request: the rights of its token, and its address.
+pub(super) struct Sender {
+    access: Arc<Access>,
+    peer: Peer,
+}
+
+impl<S: Store> FromRequestParts<Arc<AppState<S>>> for Sender {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        shared: &Arc<AppState<S>>,
+    ) -> Result<Self, Refusal> {
+        shared.counters.version_1.inc();
+        let access = shared.access(&parts.headers).await?;
+        let Ok(peer) = Peer::from_request_parts(parts, shared).await;
+        Ok(Self { access, peer })
+    }
+}
+
+impl Sender {
+    /// Works on the sender's request when it is its turn.
+    async fn in_turn<S: Store, T>(
+        &self,
+        shared: &AppState<S>,
+        request: impl Future<Output = T>,
+    ) -> T {
+        shared
+            .in_turn(self.access.owner(), self.peer, request)
+            .await
+    }
+}
+
+/// The upload that a request names in its path, and the sender.
+pub(super) struct NamedUpload {
+    id: UploadId,
+    sender: Sender,
+}
+
+impl<S: Store> FromRequestParts<Arc<AppState<S>>> for NamedUpload {
+    type Rejection = Response;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        shared: &Arc<AppState<S>>,
+    ) -> Result<Self, Response> {
+        let id = Path::from_request_parts(parts, shared).await;
+        let Path(id) = id.map_err(IntoResponse::into_response)?;
+        let sender = Sender::from_request_parts(parts, shared).await;
+        let sender = sender.map_err(IntoResponse::into_response)?;
+        Ok(Self { id, sender })
+    }
+}
+
+impl NamedUpload {
+    /// Does `work` on the upload when it is the sender's turn, if the sender may write to the
+    /// upload.
+    async fn in_turn<S: Store>(
+        &self,
+        shared: &AppState<S>,
+        work: impl Future<Output = Result<(), Refusal>>,
+    ) -> Result<StatusCode, Refusal> {
+        let checked = async {
+            let scope = writable(&self.sender.access)?;
+            if shared.store.name_of(self.id).await?.scope != scope {
+                return Err(StoreError::NoSuchUpload.into());
+            }
+            work.await?;
+            Ok(StatusCode::NO_CONTENT)
+        };
+        self.sender.in_turn(shared, checked).await
+    }
 }
 
 fn writable(access: &Access) -> Result<Scope, Refusal> {
@@ -120,12 +170,11 @@ async fn json<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
 pub(super) async fn find<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
     UrlQuery(query): UrlQuery<FindQuery>,
-    peer: Peer,
+    sender: Sender,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let access = access(&shared, &headers).await?;
-    let answer = find_entry(&shared, &access, &query, &headers);
-    shared.in_turn(access.owner(), peer, answer).await
+    let answer = find_entry(&shared, &sender.access, &query, &headers);
+    sender.in_turn(&shared, answer).await
 }
 
 async fn find_entry<S: Store>(
@@ -149,7 +198,7 @@ async fn find_entry<S: Store>(
         return Ok(StatusCode::NO_CONTENT.into_response());
     };
     shared.counters.hits.inc();
-    let archive_location = shared.content_url(Purpose::Download, entry.id, access, headers);
+    let archive_location = shared.content_url(Purpose::Download(entry.id), access, headers);
     let found = FindResponse {
         cache_key: entry.name.key,
         scope: entry.name.scope.0.to_string(),
@@ -161,13 +210,11 @@ async fn find_entry<S: Store>(
 /// `POST caches`: 201 with the number of the upload, or 409 if the key is taken.
 pub(super) async fn reserve<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    peer: Peer,
-    headers: HeaderMap,
+    sender: Sender,
     body: Body,
 ) -> Result<Response, Refusal> {
-    let access = access(&shared, &headers).await?;
-    let answer = reserve_upload(&shared, &access, body);
-    shared.in_turn(access.owner(), peer, answer).await
+    let answer = reserve_upload(&shared, &sender.access, body);
+    sender.in_turn(&shared, answer).await
 }
 
 async fn reserve_upload<S: Store>(
@@ -187,49 +234,33 @@ async fn reserve_upload<S: Store>(
         version: request.version,
         key: request.key,
     };
-    let cache_id = shared.store.reserve(name).await.inspect_err(|error| {
+    let upload = shared.store.reserve(name).await.inspect_err(|error| {
         if matches!(error, StoreError::AlreadyExists) {
             shared.counters.conflicts.inc();
         }
     })?;
-    Ok((StatusCode::CREATED, Json(ReserveResponse { cache_id })).into_response())
-}
-
-/// An upload that the sender of the request may write to.
-async fn own_upload<S: Store>(
-    shared: &AppState<S>,
-    upload: u64,
-    access: &Access,
-) -> Result<(), Refusal> {
-    let scope = writable(access)?;
-    match shared.store.name_of(upload).await? {
-        name if name.scope == scope => Ok(()),
-        _ => Err(StoreError::NoSuchUpload.into()),
-    }
+    let reserved = ReserveResponse { cache_id: upload.0 };
+    Ok((StatusCode::CREATED, Json(reserved)).into_response())
 }
 
 /// `PATCH caches/{id}` with `Content-Range: bytes 0-4/*`: a piece of the content. Pieces may come
 /// in any order and at once.
 pub(super) async fn upload<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
-    peer: Peer,
+    upload: NamedUpload,
     headers: HeaderMap,
     body: Body,
-) -> Result<Response, Refusal> {
-    let access = access(&shared, &headers).await?;
-    let answer = upload_piece(&shared, id, &access, &headers, body);
-    shared.in_turn(access.owner(), peer, answer).await
+) -> Result<StatusCode, Refusal> {
+    let written = write_piece(&shared, upload.id, &headers, body);
+    upload.in_turn(&shared, written).await
 }
 
-async fn upload_piece<S: Store>(
+async fn write_piece<S: Store>(
     shared: &AppState<S>,
-    id: u64,
-    access: &Access,
+    id: UploadId,
     headers: &HeaderMap,
     body: Body,
-) -> Result<Response, Refusal> {
-    own_upload(shared, id, access).await?;
+) -> Result<(), Refusal> {
     shared.counters.uploads.inc();
     let range = headers
         .get(CONTENT_RANGE)
@@ -248,7 +279,7 @@ async fn upload_piece<S: Store>(
         .store
         .write(id, range.first, false, exactly(range.length(), pieces))
         .await?;
-    Ok(StatusCode::NO_CONTENT.into_response())
+    Ok(())
 }
 
 /// `pieces`, which fail if they are more or less than `length` bytes: the service takes no piece
@@ -283,25 +314,20 @@ fn exactly(
 /// `POST caches/{id}` with the content's size: makes the upload an entry.
 pub(super) async fn commit<S: Store>(
     State(shared): State<Arc<AppState<S>>>,
-    Path(id): Path<u64>,
-    peer: Peer,
-    headers: HeaderMap,
+    upload: NamedUpload,
     body: Body,
-) -> Result<Response, Refusal> {
-    let access = access(&shared, &headers).await?;
-    let answer = commit_upload(&shared, id, &access, body);
-    shared.in_turn(access.owner(), peer, answer).await
+) -> Result<StatusCode, Refusal> {
+    let committed = commit_upload(&shared, upload.id, body);
+    upload.in_turn(&shared, committed).await
 }
 
 async fn commit_upload<S: Store>(
     shared: &AppState<S>,
-    id: u64,
-    access: &Access,
+    id: UploadId,
     body: Body,
-) -> Result<Response, Refusal> {
-    own_upload(shared, id, access).await?;
+) -> Result<(), Refusal> {
     let CommitRequest { size } = json(body).await?;
     shared.store.commit(id, size).await?;
     shared.counters.commits.inc();
-    Ok(StatusCode::NO_CONTENT.into_response())
+    Ok(())
 }

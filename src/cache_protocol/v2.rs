@@ -8,7 +8,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -23,7 +23,7 @@ use crate::cache_protocol::messages::v2::{
 use crate::cache_protocol::store::{
     EntryName, Query, Scope, Store, StoreError, check_keys, check_version,
 };
-use crate::cache_protocol::{AppState, AuthError, Peer, RETRY_AFTER_SECONDS};
+use crate::cache_protocol::{AppState, AuthError, Peer, with_retry_after};
 
 /// The longest request, in bytes: ten keys and some metadata are far below.
 const REQUEST_LIMIT: usize = 256 * 1024;
@@ -67,13 +67,8 @@ impl TwirpError {
 
 impl IntoResponse for TwirpError {
     fn into_response(self) -> Response {
-        let status = self.status;
         // Twirp's errors are JSON whatever the request was.
-        let answer = (status, Json(self)).into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            return ([(RETRY_AFTER, RETRY_AFTER_SECONDS)], answer).into_response();
-        }
-        answer
+        with_retry_after((self.status, Json(self)))
     }
 }
 
@@ -90,21 +85,7 @@ impl From<AuthError> for TwirpError {
 impl From<StoreError> for TwirpError {
     fn from(error: StoreError) -> Self {
         error.log();
-        let (status, code) = match &error {
-            StoreError::AlreadyExists => (StatusCode::CONFLICT, "already_exists"),
-            StoreError::NoSuchUpload => (StatusCode::NOT_FOUND, "not_found"),
-            StoreError::Busy => (StatusCode::PRECONDITION_FAILED, "failed_precondition"),
-            StoreError::SizeMismatch { .. }
-            | StoreError::NoSuchBlock
-            | StoreError::TooManyParts
-            | StoreError::TooLarge { .. }
-            | StoreError::Interrupted(_) => (StatusCode::BAD_REQUEST, "invalid_argument"),
-            StoreError::Full => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
-            StoreError::Crowded { .. } => (StatusCode::INSUFFICIENT_STORAGE, "resource_exhausted"),
-            StoreError::Io(_) | StoreError::Backend(_) => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "internal")
-            }
-        };
+        let (status, code) = error.answers().v2;
         Self::new(status, code, error)
     }
 }
@@ -281,7 +262,7 @@ async fn create<S: Store>(
     })?;
     Ok(CreateResponse {
         ok: true,
-        signed_upload_url: shared.content_url(Purpose::Upload, upload, access, headers),
+        signed_upload_url: shared.content_url(Purpose::Upload(upload), access, headers),
         message: String::new(),
     })
 }
@@ -299,7 +280,7 @@ async fn finalize<S: Store>(
     shared.counters.commits.inc();
     Ok(FinalizeResponse {
         ok: true,
-        entry_id: i64::try_from(entry.id).unwrap_or(i64::MAX),
+        entry_id: i64::try_from(entry.id.0).unwrap_or(i64::MAX),
         message: String::new(),
     })
 }
@@ -329,7 +310,7 @@ async fn find<S: Store>(
     shared.counters.hits.inc();
     Ok(GetResponse {
         ok: true,
-        signed_download_url: shared.content_url(Purpose::Download, entry.id, access, headers),
+        signed_download_url: shared.content_url(Purpose::Download(entry.id), access, headers),
         matched_key: entry.name.key,
     })
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
-use crate::clock;
+use crate::clock::Timestamp;
 use crate::format::{pluralize, relative_time, size};
 use crate::github::caches::{ApiError, CacheEntry, Caches, Filter, Repository, RepositoryError};
 use crate::github::{self, API_URL};
@@ -387,7 +387,7 @@ pub async fn list(environment: &Environment, options: &ListOptions) -> Result<St
     Ok(if options.json {
         format!("{:#}\n", list_json(&repository, &entries))
     } else {
-        table(&entries, clock::now())
+        table(&entries, Timestamp::now().seconds())
     })
 }
 
@@ -431,7 +431,7 @@ pub async fn prune(
     } else {
         BTreeSet::new()
     };
-    let now = clock::now();
+    let now = Timestamp::now().seconds();
     let mut seen = BTreeSet::new();
     let mut chosen = select(&entries, options, &gone, now);
     chosen.retain(|chosen| seen.insert(chosen.entry.id));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::action::mode::Mode;
 use crate::action::state::ExistingSetup;
 use crate::action::summary::{self, Report};
-use crate::clock;
+use crate::clock::Timestamp;
 use crate::runner::environment::Environment;
 use crate::sccache::server::{Server, ServerError};
 use crate::sccache::state_dir::sccache_on_path;
@@ -111,7 +111,7 @@ pub async fn run(
         relay: None,
         keeper: None,
         min_hit_rate: None,
-        now: clock::now(),
+        now: Timestamp::now().seconds(),
     };
     Ok(match format {
         OutputFormat::Table => format!("{}\n", summary::log_text(&report)),

@@ -53,7 +53,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cache_client::{CacheClient, CacheError, Endpoint};
 use crate::cache_protocol;
 use crate::cache_protocol::auth::{Access, Tokens, UrlSigner};
-use crate::clock;
+use crate::clock::Timestamp;
 use crate::http::BearerToken;
 use crate::http::Timeouts;
 use crate::packs::index::RunStats;
@@ -244,7 +244,7 @@ impl Relay {
     pub fn new(config: RelayConfig) -> Result<Arc<Self>, RelayError> {
         let version = hex::encode(Sha256::digest(ENTRY_VERSION));
         let client = CacheClient::new(config.endpoint.clone(), &version, Timeouts::default())?;
-        Self::with(config, client, clock::now())
+        Self::with(config, client, Timestamp::now().seconds())
     }
 
     /// A relay that speaks through `client` and is started at `started_at`, in seconds since 1970.

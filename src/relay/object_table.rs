@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::cache_client::FoundEntry;
+use crate::cache_protocol::ids::EntryId;
 use crate::digest::Digest;
 use crate::packs::chain::ChainState;
 use crate::packs::flush::Pending;
@@ -45,8 +46,8 @@ pub(super) enum Location {
 /// An object that this job can read.
 #[derive(Clone, Debug)]
 pub(super) struct ObjectRecord {
-    /// The number by which sccache knows it; 0 if sccache has not looked it up.
-    number: u64,
+    /// The number by which sccache knows it, if sccache has looked it up.
+    number: Option<EntryId>,
     pub(super) digest: Digest,
     pub(super) length: u64,
     pub(super) location: Location,
@@ -113,7 +114,7 @@ pub(super) struct MemberRecord {
 pub(super) struct ObjectTable {
     folder: PathBuf,
     table: HashMap<ObjectKey, ObjectRecord>,
-    by_number: HashMap<u64, ObjectKey>,
+    by_number: HashMap<EntryId, ObjectKey>,
     next: u64,
     pub(super) packs: Vec<PackRecord>,
     pack_numbers: HashMap<String, usize>,
@@ -191,20 +192,19 @@ impl ObjectTable {
     }
 
     /// The object that sccache knows by this number.
-    pub(super) fn by_number(&self, number: u64) -> Option<ObjectKey> {
+    pub(super) fn by_number(&self, number: EntryId) -> Option<ObjectKey> {
         self.by_number.get(&number).copied()
     }
 
     /// The number of a known object.
-    pub(super) fn number_of(&mut self, key: ObjectKey) -> u64 {
-        let number = self.table.get(&key).map_or(0, |record| record.number);
-        if number != 0 {
+    pub(super) fn number_of(&mut self, key: ObjectKey) -> EntryId {
+        if let Some(number) = self.table.get(&key).and_then(|record| record.number) {
             return number;
         }
-        let number = self.new_number();
+        let number = EntryId(self.new_number());
         self.by_number.insert(number, key);
         if let Some(record) = self.table.get_mut(&key) {
-            record.number = number;
+            record.number = Some(number);
         }
         number
     }
@@ -253,7 +253,7 @@ impl ObjectTable {
             return;
         }
         let record = ObjectRecord {
-            number: 0,
+            number: None,
             digest: object.digest,
             length: object.length,
             location,
@@ -314,7 +314,9 @@ impl ObjectTable {
     /// Removes an object whose bytes are missing or damaged.
     pub(super) fn remove(&mut self, key: ObjectKey) {
         if let Some(record) = self.table.remove(&key) {
-            self.by_number.remove(&record.number);
+            if let Some(number) = record.number {
+                self.by_number.remove(&number);
+            }
             if record.pending {
                 self.pending.retain(|pending| *pending != key);
             }
@@ -335,11 +337,11 @@ impl ObjectTable {
         (file, offset): (Arc<LocalFile>, u64),
         (digest, length): (Digest, u64),
         now: Duration,
-    ) -> u64 {
+    ) -> EntryId {
         let waits = self.table.get(&key).is_some_and(|record| record.pending);
         let number = self.number_of(key);
         let record = ObjectRecord {
-            number,
+            number: Some(number),
             digest,
             length,
             location: Location::File(file, offset),
@@ -699,7 +701,7 @@ mod tests {
     }
 
     /// Adds `bytes` to the table as sccache writes them.
-    fn write(table: &mut ObjectTable, key: ObjectKey, bytes: &[u8]) -> u64 {
+    fn write(table: &mut ObjectTable, key: ObjectKey, bytes: &[u8]) -> EntryId {
         let file = table.spool.clone();
         let offset = file.append(bytes).unwrap();
         let measured = (Digest::of(bytes), bytes.len() as u64);

@@ -11,7 +11,9 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use tempfile::SpooledTempFile;
 
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::format;
 use crate::packs::index::{OBJECT_LIMIT, ObjectKey};
@@ -50,9 +52,9 @@ struct PendingUpload {
 pub(super) struct Uploads {
     /// The folder for large ones.
     folder: PathBuf,
-    under_way: HashMap<u64, PendingUpload>,
+    under_way: HashMap<UploadId, PendingUpload>,
     /// By their keys, each with its number.
-    others: HashMap<String, (u64, Bytes)>,
+    others: HashMap<String, (EntryId, Bytes)>,
 }
 
 impl Uploads {
@@ -64,7 +66,7 @@ impl Uploads {
         }
     }
 
-    fn upload(&self, upload: u64) -> Result<&PendingUpload, StoreError> {
+    fn upload(&self, upload: UploadId) -> Result<&PendingUpload, StoreError> {
         self.under_way.get(&upload).ok_or(StoreError::NoSuchUpload)
     }
 
@@ -73,7 +75,7 @@ impl Uploads {
     }
 
     /// The entry with this number that is no object.
-    fn other(&self, number: u64) -> Option<Bytes> {
+    fn other(&self, number: EntryId) -> Option<Bytes> {
         let mut others = self.others.values();
         others.find_map(|(known, bytes)| (*known == number).then(|| bytes.clone()))
     }
@@ -100,7 +102,7 @@ impl Relay {
         &self,
         key: ObjectKey,
         content: &mut (impl Read + Seek),
-    ) -> io::Result<(u64, u64)> {
+    ) -> io::Result<(EntryId, u64)> {
         let (digest, length) = measure(content)?;
         {
             let mut objects = self.table.lock();
@@ -156,7 +158,7 @@ impl Relay {
         let _ = tokio::time::timeout(rest, loaded.wait_for(|loaded| *loaded)).await;
     }
 
-    pub(super) async fn find_object(self: &Arc<Self>, key: ObjectKey) -> Option<(u64, u64)> {
+    pub(super) async fn find_object(self: &Arc<Self>, key: ObjectKey) -> Option<(EntryId, u64)> {
         self.is_loaded().await;
         let found = self.downloads.ensure_local(key).await;
         let (known, answer) = {
@@ -215,7 +217,7 @@ impl Relay {
 }
 
 impl Store for Arc<Relay> {
-    async fn reserve(&self, name: EntryName) -> Result<u64, StoreError> {
+    async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
         let mut uploads = lock(&self.uploads);
         // Objects may be written again: sccache does so when it is told to, and two compiles of
         // the same source may end at the same time.
@@ -229,7 +231,7 @@ impl Store for Arc<Relay> {
         {
             uploads.under_way.remove(&abandoned);
         }
-        let upload = self.table.lock().new_number();
+        let upload = UploadId(self.table.lock().new_number());
         let content = Arc::new(Mutex::new(uploads.spooled()));
         let blocks = BTreeMap::new();
         let reserved = PendingUpload {
@@ -251,7 +253,7 @@ impl Store for Arc<Relay> {
         }
     }
 
-    async fn upload_of(&self, name: &EntryName) -> Result<u64, StoreError> {
+    async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         let uploads = lock(&self.uploads);
         let under_way = uploads.under_way.iter();
         under_way
@@ -261,13 +263,13 @@ impl Store for Arc<Relay> {
             .ok_or(StoreError::NoSuchUpload)
     }
 
-    async fn name_of(&self, upload: u64) -> Result<EntryName, StoreError> {
+    async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
         Ok(lock(&self.uploads).upload(upload)?.name.clone())
     }
 
     async fn write(
         &self,
-        upload: u64,
+        upload: UploadId,
         offset: u64,
         truncate: bool,
         pieces: impl Stream<Item = Chunk> + Send,
@@ -281,7 +283,7 @@ impl Store for Arc<Relay> {
 
     async fn write_block(
         &self,
-        upload: u64,
+        upload: UploadId,
         block: &str,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<(), StoreError> {
@@ -298,7 +300,7 @@ impl Store for Arc<Relay> {
         write_pieces(self, &content, 0, pieces).await
     }
 
-    async fn join_blocks(&self, upload: u64, blocks: Vec<String>) -> Result<(), StoreError> {
+    async fn join_blocks(&self, upload: UploadId, blocks: Vec<String>) -> Result<(), StoreError> {
         let (content, blocks) = {
             let uploads = lock(&self.uploads);
             let upload = uploads.upload(upload)?;
@@ -322,7 +324,7 @@ impl Store for Arc<Relay> {
         Ok(())
     }
 
-    async fn commit(&self, upload: u64, size: u64) -> Result<Entry, StoreError> {
+    async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
         let content = lock(&self.uploads).upload(upload)?.content.clone();
         let actual = lock(&content).seek(SeekFrom::End(0))?;
         if actual != size {
@@ -353,7 +355,7 @@ impl Store for Arc<Relay> {
                 let mut content = lock(&content);
                 content.seek(SeekFrom::Start(0))?;
                 content.read_to_end(&mut bytes)?;
-                let number = self.table.lock().new_number();
+                let number = EntryId(self.table.lock().new_number());
                 lock(&self.uploads)
                     .others
                     .insert(name.key.clone(), (number, bytes.into()));
@@ -364,7 +366,7 @@ impl Store for Arc<Relay> {
             id,
             name,
             size,
-            created: 0,
+            created: Timestamp::UNIX_EPOCH,
         })
     }
 
@@ -388,21 +390,21 @@ impl Store for Arc<Relay> {
                     id,
                     name,
                     size,
-                    created: 0,
+                    created: Timestamp::UNIX_EPOCH,
                 });
             }
         }
         None
     }
 
-    async fn mark_missing(&self, entry: u64) {
+    async fn mark_missing(&self, entry: EntryId) {
         let mut objects = self.table.lock();
         if let Some(key) = objects.by_number(entry) {
             objects.remove(key);
         }
     }
 
-    async fn open(&self, entry: u64) -> Option<Content> {
+    async fn open(&self, entry: EntryId) -> Option<Content> {
         let object = self.table.lock().by_number(entry);
         match object {
             Some(key) => self.content(key).await,

@@ -24,6 +24,7 @@ use opendal_http_transport_reqwest::ReqwestTransport;
 use tokio::sync::Semaphore;
 
 use crate::cache_protocol::blob_digests::{CHUNK, Digester, Digests};
+use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::parts::{self, Part, Segment};
 use crate::cache_protocol::store::{Bytestream, Chunk, RangeRead, StoreError};
 use crate::http;
@@ -214,7 +215,7 @@ impl BlobStore {
         })
     }
 
-    fn path(&self, blob: u64) -> String {
+    fn path(&self, blob: BlobId) -> String {
         format!("{}/{:02x}/{blob}", self.store, shard(blob))
     }
 
@@ -225,7 +226,7 @@ impl BlobStore {
     /// that was begun may be there then.
     pub async fn write(
         &self,
-        blob: u64,
+        blob: BlobId,
         begin: Vec<Bytes>,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<WrittenBlob, StoreError> {
@@ -240,7 +241,7 @@ impl BlobStore {
 
     async fn write_file(
         &self,
-        blob: u64,
+        blob: BlobId,
         begin: Vec<Bytes>,
         pieces: impl Stream<Item = Chunk> + Send,
     ) -> Result<WrittenBlob, StoreError> {
@@ -329,7 +330,10 @@ impl BlobStore {
     ///
     /// # Errors
     /// Fails if the storage fails. Some of them may be deleted then.
-    pub async fn delete(&self, blobs: impl IntoIterator<Item = u64>) -> Result<(), opendal::Error> {
+    pub async fn delete(
+        &self,
+        blobs: impl IntoIterator<Item = BlobId>,
+    ) -> Result<(), opendal::Error> {
         let paths: Vec<String> = blobs.into_iter().map(|blob| self.path(blob)).collect();
         self.operator.delete_iter(paths).await
     }
@@ -352,9 +356,9 @@ impl BlobStore {
     }
 }
 
-fn shard(blob: u64) -> usize {
+fn shard(blob: BlobId) -> usize {
     // The rest is less than that number.
-    usize::try_from(blob % SHARDS as u64).unwrap_or(0)
+    usize::try_from(blob.0 % SHARDS as u64).unwrap_or(0)
 }
 
 /// The next piece from a client, within a time limit.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::parts::Part;
 use crate::serve::batch::Batcher;
 use crate::serve::catalog::Catalog;
@@ -27,7 +28,7 @@ type ReadResult = Result<Option<Bytes>, Arc<sqlx::Error>>;
 /// Reads them. Clones share the queue.
 #[derive(Clone)]
 pub(crate) struct SmallContents {
-    asked: Arc<Batcher<u64, ReadResult>>,
+    asked: Arc<Batcher<BlobId, ReadResult>>,
 }
 
 impl std::fmt::Debug for SmallContents {
@@ -39,12 +40,12 @@ impl std::fmt::Debug for SmallContents {
 impl SmallContents {
     /// Reads from `catalog`.
     pub(crate) fn of(catalog: Catalog) -> Self {
-        let read = move |blobs: Vec<u64>| {
+        let read = move |blobs: Vec<BlobId>| {
             let catalog = catalog.clone();
             async move {
                 match catalog.contents(&blobs).await {
                     Ok(contents) => {
-                        let contents: HashMap<u64, Bytes> = contents.into_iter().collect();
+                        let contents: HashMap<BlobId, Bytes> = contents.into_iter().collect();
                         let answers = blobs.iter().map(|blob| Ok(contents.get(blob).cloned()));
                         answers.collect()
                     }

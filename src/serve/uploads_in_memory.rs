@@ -8,7 +8,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::{EntryName, StoreError};
+use crate::clock::Timestamp;
 use crate::serve::catalog::{SmallPart, Unwritten};
 
 /// The uploads that are held. Clones are the same.
@@ -23,8 +25,8 @@ const ROOM: u64 = 64 << 20;
 
 #[derive(Debug, Default)]
 struct HeldState {
-    uploads: HashMap<u64, HeldUpload>,
-    names: HashMap<EntryName, u64>,
+    uploads: HashMap<UploadId, HeldUpload>,
+    names: HashMap<EntryName, UploadId>,
     /// The bytes of the content of all uploads.
     bytes: u64,
 }
@@ -32,7 +34,7 @@ struct HeldState {
 #[derive(Debug)]
 struct HeldUpload {
     name: EntryName,
-    used: u64,
+    used: Timestamp,
     /// Requests that are sending content.
     writing: usize,
     content: Option<SmallPart>,
@@ -66,14 +68,14 @@ pub(crate) enum UploadLocation<T> {
 #[derive(Debug)]
 pub(crate) struct HeldWrite {
     held: HeldUploads,
-    upload: u64,
+    upload: UploadId,
 }
 
 /// A name that is being reserved. The name is free again when this is dropped.
 #[derive(Debug)]
 pub(crate) struct HeldReservation {
     held: HeldUploads,
-    upload: u64,
+    upload: UploadId,
     kept: bool,
 }
 
@@ -90,9 +92,9 @@ impl HeldUploads {
     pub(crate) fn reserve(
         &self,
         name: &EntryName,
-        upload: u64,
-        now: u64,
-        abandoned: u64,
+        upload: UploadId,
+        now: Timestamp,
+        abandoned: Timestamp,
     ) -> Result<(HeldReservation, u64), StoreError> {
         let mut state = self.lock();
         let mut given_up = 0;
@@ -123,19 +125,23 @@ impl HeldUploads {
     }
 
     /// The name of `upload`.
-    pub(crate) fn name_of(&self, upload: u64) -> Option<EntryName> {
+    pub(crate) fn name_of(&self, upload: UploadId) -> Option<EntryName> {
         let state = self.lock();
         let known = state.uploads.get(&upload)?;
         (known.stage != UploadStage::Left).then(|| known.name.clone())
     }
 
     /// The upload of this name.
-    pub(crate) fn upload_of(&self, name: &EntryName) -> Option<u64> {
+    pub(crate) fn upload_of(&self, name: &EntryName) -> Option<UploadId> {
         self.lock().names.get(name).copied()
     }
 
     /// Begins to write content to `upload`.
-    pub(crate) fn begin_write(&self, upload: u64, now: u64) -> UploadLocation<HeldWrite> {
+    pub(crate) fn begin_write(
+        &self,
+        upload: UploadId,
+        now: Timestamp,
+    ) -> UploadLocation<HeldWrite> {
         let mut state = self.lock();
         let is_full = state.bytes > ROOM;
         match state.uploads.get_mut(&upload) {
@@ -161,7 +167,7 @@ impl HeldUploads {
     /// database since; [`StoreError::SizeMismatch`].
     pub(crate) fn commit(
         &self,
-        upload: u64,
+        upload: UploadId,
         size: u64,
     ) -> Result<UploadLocation<(EntryName, Option<SmallPart>)>, StoreError> {
         let mut state = self.lock();
@@ -192,7 +198,7 @@ impl HeldUploads {
     }
 
     /// Ends a commit. Returns the bytes that this frees.
-    pub(crate) fn end_commit(&self, upload: u64, done: bool) -> u64 {
+    pub(crate) fn end_commit(&self, upload: UploadId, done: bool) -> u64 {
         let mut state = self.lock();
         if done {
             return state.remove(upload).map_or(0, |known| known.bytes());
@@ -205,9 +211,9 @@ impl HeldUploads {
 
     /// Uploads to persist: all that were last used at `until` or before and that no request
     /// writes to, or that of this number. [`HeldUploads::end_move`] must follow.
-    pub(crate) fn begin_move(&self, until: u64, only: Option<u64>) -> Vec<Unwritten> {
+    pub(crate) fn begin_move(&self, until: Timestamp, only: Option<UploadId>) -> Vec<Unwritten> {
         let mut state = self.lock();
-        let chosen = |id: u64, known: &HeldUpload| match only {
+        let chosen = |id: UploadId, known: &HeldUpload| match only {
             Some(only) => id == only,
             None => known.used <= until && known.writing == 0,
         };
@@ -263,14 +269,14 @@ impl HeldUploads {
 }
 
 impl HeldState {
-    fn remove(&mut self, upload: u64) -> Option<HeldUpload> {
+    fn remove(&mut self, upload: UploadId) -> Option<HeldUpload> {
         let known = self.uploads.remove(&upload)?;
         self.names.remove(&known.name);
         self.bytes -= known.bytes();
         Some(known)
     }
 
-    fn forget_unless_used(&mut self, upload: u64) {
+    fn forget_unless_used(&mut self, upload: UploadId) {
         let unused = |known: &HeldUpload| known.stage == UploadStage::Left && known.writing == 0;
         if self.uploads.get(&upload).is_some_and(unused) {
             self.uploads.remove(&upload);
@@ -306,7 +312,7 @@ impl Drop for HeldReservation {
 
 impl HeldWrite {
     /// The client is still there.
-    pub(crate) fn heartbeat(&self, now: u64) {
+    pub(crate) fn heartbeat(&self, now: Timestamp) {
         if let Some(known) = self.held.lock().uploads.get_mut(&self.upload) {
             known.used = now;
         }
@@ -316,7 +322,7 @@ impl HeldWrite {
     ///
     /// # Errors
     /// The content, if the upload is no longer in memory.
-    pub(crate) fn end(self, content: SmallPart, now: u64) -> Result<u64, SmallPart> {
+    pub(crate) fn end(self, content: SmallPart, now: Timestamp) -> Result<u64, SmallPart> {
         let mut state = self.held.lock();
         let open = state.uploads.get_mut(&self.upload);
         let Some(known) = open.filter(|known| known.stage == UploadStage::Open) else {
@@ -346,6 +352,11 @@ mod tests {
 
     use super::*;
     use crate::cache_protocol::blob_digests::Digests;
+    use crate::cache_protocol::ids::BlobId;
+
+    fn at(milliseconds: u64) -> Timestamp {
+        Timestamp::from_milliseconds(milliseconds)
+    }
 
     fn name(key: &str) -> EntryName {
         EntryName {
@@ -357,18 +368,21 @@ mod tests {
 
     fn small(bytes: &'static str) -> SmallPart {
         SmallPart {
-            blob: 1,
+            blob: BlobId(1),
             bytes: Bytes::from_static(bytes.as_bytes()),
             digests: Digests::default(),
         }
     }
 
     fn reserve(held: &HeldUploads, key: &str, upload: u64, now: u64) {
-        held.reserve(&name(key), upload, now, 0).unwrap().0.keep();
+        held.reserve(&name(key), UploadId(upload), at(now), at(0))
+            .unwrap()
+            .0
+            .keep();
     }
 
-    fn begin_write(held: &HeldUploads, upload: u64) -> HeldWrite {
-        match held.begin_write(upload, 5) {
+    fn begin_write(held: &HeldUploads, upload: UploadId) -> HeldWrite {
+        match held.begin_write(upload, at(5)) {
             UploadLocation::InMemory(bringing) => bringing,
             other => panic!("{other:?}"),
         }
@@ -377,48 +391,72 @@ mod tests {
     #[test]
     fn a_name_is_taken_while_it_is_reserved_and_free_when_that_is_given_up() {
         let held = HeldUploads::default();
-        let (reserving, _) = held.reserve(&name("a"), 1, 10, 0).unwrap();
-        assert!(held.reserve(&name("a"), 2, 10, 0).is_err());
+        let (reserving, _) = held
+            .reserve(&name("a"), UploadId(1), at(10), at(0))
+            .unwrap();
+        assert!(
+            held.reserve(&name("a"), UploadId(2), at(10), at(0))
+                .is_err()
+        );
         assert!(matches!(
-            held.begin_write(1, 10),
+            held.begin_write(UploadId(1), at(10)),
             UploadLocation::NotInMemory
         ));
         drop(reserving);
         reserve(&held, "a", 3, 10);
         // An upload that was not used for long is given up, unless a request is sending content to
         // it.
-        assert!(held.reserve(&name("a"), 4, 20, 10).is_err());
-        let bringing = begin_write(&held, 3);
-        assert!(held.reserve(&name("a"), 4, 20, 11).is_err());
-        bringing.end(small("abc"), 10).unwrap();
-        let (reserving, given_up) = held.reserve(&name("a"), 4, 20, 11).unwrap();
+        assert!(
+            held.reserve(&name("a"), UploadId(4), at(20), at(10))
+                .is_err()
+        );
+        let bringing = begin_write(&held, UploadId(3));
+        assert!(
+            held.reserve(&name("a"), UploadId(4), at(20), at(11))
+                .is_err()
+        );
+        bringing.end(small("abc"), at(10)).unwrap();
+        let (reserving, given_up) = held
+            .reserve(&name("a"), UploadId(4), at(20), at(11))
+            .unwrap();
         assert_eq!(given_up, 3);
         reserving.keep();
-        assert_eq!(held.upload_of(&name("a")), Some(4));
-        assert_eq!(held.name_of(3), None);
+        assert_eq!(held.upload_of(&name("a")), Some(UploadId(4)));
+        assert_eq!(held.name_of(UploadId(3)), None);
     }
 
     #[test]
     fn what_is_committed_is_no_longer_here_and_what_was_not_may_be_tried_again() {
         let held = HeldUploads::default();
         reserve(&held, "a", 1, 10);
-        let bringing = begin_write(&held, 1);
-        assert!(matches!(held.commit(1, 0), Err(StoreError::Busy)));
-        assert_eq!(bringing.end(small("abc"), 10).unwrap(), 0);
-        assert_eq!(begin_write(&held, 1).end(small("four"), 10).unwrap(), 3);
-        let wrong = held.commit(1, 3);
+        let bringing = begin_write(&held, UploadId(1));
+        assert!(matches!(held.commit(UploadId(1), 0), Err(StoreError::Busy)));
+        assert_eq!(bringing.end(small("abc"), at(10)).unwrap(), 0);
+        assert_eq!(
+            begin_write(&held, UploadId(1))
+                .end(small("four"), at(10))
+                .unwrap(),
+            3
+        );
+        let wrong = held.commit(UploadId(1), 3);
         assert!(matches!(
             wrong,
             Err(StoreError::SizeMismatch { actual: 4, .. })
         ));
         for done in [false, true] {
-            let Ok(UploadLocation::InMemory((own, content))) = held.commit(1, 4) else {
+            let Ok(UploadLocation::InMemory((own, content))) = held.commit(UploadId(1), 4) else {
                 panic!("it is here");
             };
             assert_eq!((own, content), (name("a"), Some(small("four"))));
-            assert!(matches!(held.commit(1, 4), Ok(UploadLocation::NotInMemory)));
-            assert!(held.reserve(&name("a"), 2, 10, 0).is_err());
-            assert_eq!(held.end_commit(1, done), if done { 4 } else { 0 });
+            assert!(matches!(
+                held.commit(UploadId(1), 4),
+                Ok(UploadLocation::NotInMemory)
+            ));
+            assert!(
+                held.reserve(&name("a"), UploadId(2), at(10), at(0))
+                    .is_err()
+            );
+            assert_eq!(held.end_commit(UploadId(1), done), if done { 4 } else { 0 });
         }
         assert_eq!(held.totals(), (0, 0));
         reserve(&held, "a", 2, 10);
@@ -429,27 +467,36 @@ mod tests {
         let held = HeldUploads::default();
         reserve(&held, "a", 1, 10);
         reserve(&held, "b", 2, 20);
-        let (early, late) = (begin_write(&held, 1), begin_write(&held, 1));
-        early.end(small("abc"), 10).unwrap();
-        assert_eq!(held.begin_move(10, None), []);
+        let (early, late) = (
+            begin_write(&held, UploadId(1)),
+            begin_write(&held, UploadId(1)),
+        );
+        early.end(small("abc"), at(10)).unwrap();
+        assert_eq!(held.begin_move(at(10), None), []);
         reserve(&held, "c", 3, 10);
-        let leaving = held.begin_move(10, None);
+        let leaving = held.begin_move(at(10), None);
         assert_eq!(leaving.len(), 1);
         held.end_move(&leaving, true);
-        let leaving = held.begin_move(10, Some(1));
+        let leaving = held.begin_move(at(10), Some(UploadId(1)));
         assert_eq!(leaving[0].content, Some(small("abc")));
-        assert!(matches!(held.begin_write(1, 10), UploadLocation::Leaving));
+        assert!(matches!(
+            held.begin_write(UploadId(1), at(10)),
+            UploadLocation::Leaving
+        ));
         held.end_move(&leaving, false);
-        let leaving = held.begin_move(0, Some(1));
+        let leaving = held.begin_move(at(0), Some(UploadId(1)));
         held.end_move(&leaving, true);
         assert!(matches!(
-            held.begin_write(1, 10),
+            held.begin_write(UploadId(1), at(10)),
             UploadLocation::NotInMemory
         ));
-        assert!(matches!(held.commit(1, 3), Err(StoreError::Busy)));
-        assert_eq!(held.name_of(1), None);
-        assert_eq!(late.end(small("abcd"), 10).unwrap_err(), small("abcd"));
-        assert!(matches!(held.commit(1, 3), Ok(UploadLocation::NotInMemory)));
+        assert!(matches!(held.commit(UploadId(1), 3), Err(StoreError::Busy)));
+        assert_eq!(held.name_of(UploadId(1)), None);
+        assert_eq!(late.end(small("abcd"), at(10)).unwrap_err(), small("abcd"));
+        assert!(matches!(
+            held.commit(UploadId(1), 3),
+            Ok(UploadLocation::NotInMemory)
+        ));
         assert_eq!(held.totals(), (1, 0));
     }
 
@@ -462,11 +509,14 @@ mod tests {
             bytes: vec![0; usize::try_from(ROOM).unwrap() + 1].into(),
             ..small("")
         };
-        begin_write(&held, 1).end(much, 10).unwrap();
-        assert!(matches!(held.begin_write(2, 10), UploadLocation::Leaving));
-        let leaving = held.begin_move(10, Some(1));
+        begin_write(&held, UploadId(1)).end(much, at(10)).unwrap();
+        assert!(matches!(
+            held.begin_write(UploadId(2), at(10)),
+            UploadLocation::Leaving
+        ));
+        let leaving = held.begin_move(at(10), Some(UploadId(1)));
         held.end_move(&leaving, true);
-        drop(begin_write(&held, 2));
+        drop(begin_write(&held, UploadId(2)));
         assert_eq!(held.totals(), (1, 0));
     }
 }

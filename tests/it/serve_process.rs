@@ -17,7 +17,7 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use hmac::{Hmac, Mac};
 use reqwest::Method;
-use sccache_action::clock;
+use sccache_action::clock::Timestamp;
 use sccache_action::serve::catalog::{Database, PostgresUrl};
 use sccache_action::serve::entry_store::{EntryStore, StorageConfig, StoreLimits};
 use serde_json::{Value, json};
@@ -208,10 +208,10 @@ async fn kill_again_and_again(
     counts.say(over);
     assert_eq!((counts.lost, counts.changed), (0, 0), "{counts:?}");
     // The leftovers of the kills go in time, and nothing else does.
-    let time = Arc::new(AtomicU64::new(clock::now() * 1000));
+    let time = Arc::new(AtomicU64::new(Timestamp::now().milliseconds()));
     let clock = {
         let time = time.clone();
-        Arc::new(move || time.load(Ordering::Relaxed))
+        Arc::new(move || Duration::from_millis(time.load(Ordering::Relaxed)))
     };
     let store = EntryStore::open(&storage, clock).await.unwrap();
     let mut abandoned = 0;
@@ -591,14 +591,14 @@ async fn tokens_that_gitea_signs_are_taken_and_those_that_others_sign_are_not() 
         folder.path(),
         &["--token-secret-file", file.to_str().unwrap()],
     );
-    let later = clock::now() + 600;
+    let later = Timestamp::now().seconds() + 600;
     let claims = json!({ "exp": later, "scp": "Actions.Results:1:2", "ac": scopes(&[("", 2)]) });
     let token = signed(b"the-secret", &claims);
     let target = target(&served, &token);
     let cache = target.cache();
     cache.save("k", "content").await;
     assert_eq!(cache.load("k").await, "content");
-    let old = json!({ "exp": clock::now() - 3600, "ac": scopes(&[("", 2)]) });
+    let old = json!({ "exp": Timestamp::now().seconds() - 3600, "ac": scopes(&[("", 2)]) });
     let nothing = json!({ "exp": later });
     for wrong in [
         signed(b"another", &claims),
@@ -688,7 +688,7 @@ async fn issuer(claims: &[Value]) -> Issuer {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_good_token_is_let_in_however_many_come_while_the_issuers_keys_are_fetched() {
-    let later = clock::now() + 600;
+    let later = Timestamp::now().seconds() + 600;
     let main = scopes(&[("refs/heads/main", 3)]);
     let issuer = issuer(&[json!({ "exp": later, "repository_id": "1", "ac": main })]).await;
     issuer.answers.forget_permits(Semaphore::MAX_PERMITS);
@@ -713,7 +713,7 @@ async fn a_good_token_is_let_in_however_many_come_while_the_issuers_keys_are_fet
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_issuer_that_answers_no_keys_locks_nobody_out_and_is_asked_again() {
-    let later = clock::now() + 600;
+    let later = Timestamp::now().seconds() + 600;
     let main = scopes(&[("refs/heads/main", 3)]);
     let claims = json!({ "exp": later, "repository_id": "1", "ac": main });
     let other = json!({ "exp": later, "repository_id": "2", "ac": main });
@@ -758,7 +758,7 @@ fn with_key_id(token: &str, name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jobs_of_repositories_that_are_not_on_the_list_are_not_let_in() {
-    let later = clock::now() + 600;
+    let later = Timestamp::now().seconds() + 600;
     let of = |name: &str, id: &str| {
         let extra = json!({ "repository": name }).to_string();
         let main = scopes(&[("refs/heads/main", 3)]);
@@ -792,7 +792,7 @@ async fn jobs_of_repositories_that_are_not_on_the_list_are_not_let_in() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_of_githubs_jobs_open_their_repositorys_scopes() {
-    let later = clock::now() + 600;
+    let later = Timestamp::now().seconds() + 600;
     let main = scopes(&[("refs/heads/main", 3)]);
     let pull = scopes(&[("refs/pull/1/merge", 3), ("refs/heads/main", 1)]);
     let issued = issuer(&[
@@ -800,7 +800,7 @@ async fn tokens_of_githubs_jobs_open_their_repositorys_scopes() {
         json!({ "exp": later, "repository_id": "1", "ac": pull }),
         json!({ "exp": later, "repository_id": "2", "ac": main }),
         json!({ "exp": later, "repository_id": "1", "ac": scopes(&[("refs/heads/main", 1)]) }),
-        json!({ "exp": clock::now() - 3600, "repository_id": "1", "ac": main }),
+        json!({ "exp": Timestamp::now().seconds() - 3600, "repository_id": "1", "ac": main }),
         json!({ "exp": later, "repository_id": "1", "ac": main, "iss": "https://elsewhere" }),
         json!({ "repository_id": "1", "ac": main }),
         json!({ "exp": later, "nbf": later, "repository_id": "1", "ac": main }),

@@ -13,9 +13,12 @@ use crate::support::s3::S3;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use proptest::prelude::*;
+use sccache_action::cache_protocol::auth::Purpose;
+use sccache_action::cache_protocol::ids::{EntryId, UploadId};
 use sccache_action::cache_protocol::store::{
     Chunk, Content, Entry, EntryName, Query, Scope, Store, StoreError,
 };
+use sccache_action::clock::Timestamp;
 use sccache_action::serve::blob_store::Location;
 use sccache_action::serve::catalog::{Database, PostgresUrl};
 use sccache_action::serve::entry_store::{
@@ -78,7 +81,7 @@ impl Place {
 
     async fn open(&self) -> EntryStore {
         let time = self.time.clone();
-        let clock = Arc::new(move || time.load(Ordering::Relaxed));
+        let clock = Arc::new(move || Duration::from_millis(time.load(Ordering::Relaxed)));
         EntryStore::open(&self.storage, clock).await.unwrap()
     }
 
@@ -157,7 +160,7 @@ async fn find(store: &EntryStore, key: &str) -> Option<Entry> {
     store.find(&query).await
 }
 
-async fn read(store: &EntryStore, entry: u64, first: u64, length: u64) -> Option<Vec<u8>> {
+async fn read(store: &EntryStore, entry: EntryId, first: u64, length: u64) -> Option<Vec<u8>> {
     let parts = match store.open(entry).await? {
         Content::Remote(parts) => parts,
         Content::Bytes(bytes) => {
@@ -283,7 +286,7 @@ async fn one_of_many_reservations_and_one_of_many_commits_is_granted() {
     for place in Place::all(StoreLimits::of_entries(LIMIT)).await {
         let store = place.open().await;
         let tries = (0..20).map(|_| store.reserve(name("a")));
-        let granted: Vec<u64> = futures_util::future::join_all(tries)
+        let granted: Vec<UploadId> = futures_util::future::join_all(tries)
             .await
             .into_iter()
             .flatten()
@@ -527,12 +530,13 @@ async fn two_services_on_one_storage_are_one_store() {
             assert!(store.reserve(name("a")).await.is_err());
         }
         // URLs of one are good at the other.
-        let purpose = sccache_action::cache_protocol::auth::Purpose::Download;
-        let query = one.signer().query(purpose, 7, 100, None);
+        let purpose = Purpose::Download(EntryId(7));
+        let expiry = Timestamp::from_seconds(100);
+        let query = one.signer().query(purpose, expiry, None);
         let (_, signature) = query.split_once("sig=").unwrap();
         assert!(
             two.signer()
-                .is_valid(purpose, 7, (100, None), signature, 99)
+                .is_valid(purpose, (expiry, None), signature, expiry)
         );
         // Both sweep at once, and evict no more for it.
         for key in 0..20 {
@@ -558,7 +562,7 @@ async fn a_folder_of_any_name_holds_a_storage_also_one_named_from_here() {
     for named in [inside.clone(), from_here] {
         std::fs::create_dir_all(&inside).unwrap();
         let storage = StorageConfig::in_folder(&named, StoreLimits::of_entries(LIMIT));
-        let store = EntryStore::open(&storage, Arc::new(|| 1_000_000_000));
+        let store = EntryStore::open(&storage, Arc::new(|| Duration::from_millis(1_000_000_000)));
         put(&store.await.unwrap(), "key", "content").await;
         assert!(inside.join("catalog.sqlite").exists(), "{named:?}");
         std::fs::remove_dir_all(&inside).unwrap();
@@ -593,7 +597,10 @@ async fn a_bucket_that_cannot_be_used_is_known_at_the_start() {
 
 /// The definition of a look-up, spelt out: scope by scope, key by key, the very key or else the
 /// newest that begins with it.
-fn defined<'a>(entries: &'a BTreeMap<(String, String), u64>, asked: &[String]) -> Option<&'a u64> {
+fn defined<'a>(
+    entries: &'a BTreeMap<(String, String), EntryId>,
+    asked: &[String],
+) -> Option<&'a EntryId> {
     ["s", "t"].iter().find_map(|scope| {
         let mine = || {
             entries

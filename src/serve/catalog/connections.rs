@@ -1,0 +1,126 @@
+//! Opens the database: its address, its connections and their settings.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
+use sqlx::Executor;
+use sqlx::any::AnyPoolOptions;
+
+use crate::serve::catalog::Catalog;
+use crate::serve::catalog::schema::{Dialect, prepare, schema};
+
+/// How long a request waits for a connection to the database.
+const CONNECTION_WAIT: Duration = Duration::from_secs(30);
+
+/// Connections to PostgreSQL, and those to SQLite that only read.
+const CONNECTIONS: u32 = 8;
+
+/// Connections to SQLite for batched queries.
+const QUICK_CONNECTIONS: u32 = 3;
+
+/// The pages of SQLite's log at which a commit writes them back into the database. Usually a task
+/// beside the commits does this, so that they need not wait for it: see [`Catalog::checkpoint`].
+const LOG_PAGES: u32 = 8192;
+
+/// The size of a page of a new database of SQLite's, in bytes. A content of 20 KiB takes three
+/// pages of this size, and each is written twice with its own system call.
+const PAGE: u32 = 8192;
+
+/// The address of the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// A file of SQLite's.
+    Sqlite(PathBuf),
+    /// PostgreSQL at this URL, which may have a password in it.
+    Postgres(PostgresUrl),
+}
+
+/// A URL with a password, which `Debug` does not show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PostgresUrl(pub String);
+
+impl std::fmt::Debug for PostgresUrl {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("PostgresUrl(***)")
+    }
+}
+
+impl Catalog {
+    /// Opens the database, and makes the tables if there are none.
+    ///
+    /// # Errors
+    /// Fails if the database is unreachable, or has a later schema.
+    pub async fn open(database: &Database) -> Result<Self, sqlx::Error> {
+        sqlx::any::install_default_drivers();
+        let catalog = match database {
+            Database::Sqlite(path) => Self::open_sqlite(path).await?,
+            Database::Postgres(url) => Self::open_postgres(url).await?,
+        };
+        catalog.upgrade().await?;
+        Ok(catalog)
+    }
+
+    async fn open_sqlite(path: &Path) -> Result<Self, sqlx::Error> {
+        let url = sqlite_url(path);
+        // Readers do not wait, and each transaction waits for the disk.
+        let pragmas = format!(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+             PRAGMA busy_timeout = 10000; PRAGMA journal_size_limit = 67108864; \
+             PRAGMA wal_autocheckpoint = {LOG_PAGES}"
+        );
+        // This allows giving free pages back to the disk. It writes to the file, so only one
+        // connection sets it.
+        let first =
+            format!("PRAGMA page_size = {PAGE}; PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
+        let open = |connections, pragmas: &str| {
+            let pragmas = pragmas.to_owned();
+            options()
+                .max_connections(connections)
+                // A connection to a file does not break, and testing it costs time.
+                .test_before_acquire(false)
+                .after_connect(move |connection, _| {
+                    let pragmas = sqlx::AssertSqlSafe(pragmas.clone());
+                    Box::pin(async move {
+                        connection.execute(pragmas).await?;
+                        Ok(())
+                    })
+                })
+                .connect(&url)
+        };
+        let write = open(1, &first).await?;
+        let read = open(CONNECTIONS, &pragmas).await?;
+        let quick = open(QUICK_CONNECTIONS, &pragmas).await?;
+        let dialect = Dialect::Sqlite;
+        prepare(&write, &schema(dialect)).await?;
+        Ok(Self {
+            read,
+            quick,
+            write,
+            dialect,
+        })
+    }
+
+    async fn open_postgres(PostgresUrl(url): &PostgresUrl) -> Result<Self, sqlx::Error> {
+        let pool = options().max_connections(CONNECTIONS).connect(url).await?;
+        let dialect = Dialect::Postgres;
+        prepare(&pool, &schema(dialect)).await?;
+        Ok(Self {
+            read: pool.clone(),
+            quick: pool.clone(),
+            write: pool,
+            dialect,
+        })
+    }
+}
+
+fn options() -> AnyPoolOptions {
+    AnyPoolOptions::new().acquire_timeout(CONNECTION_WAIT)
+}
+
+/// The driver takes all behind the colon for the path, once it is decoded. So no part of it may
+/// look like a part of a URL: a drive, a server, a first folder that would be the host.
+fn sqlite_url(path: &Path) -> String {
+    let path = percent_encode(path.as_os_str().as_encoded_bytes(), NON_ALPHANUMERIC);
+    format!("sqlite:{path}?mode=rwc")
+}

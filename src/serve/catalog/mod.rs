@@ -1,0 +1,148 @@
+//! The catalog of entries and uploads, in a database: SQLite for one service alone, PostgreSQL for
+//! several that share a storage.
+//!
+//! ```text
+//! settings   what the replicas have in common: the store's name, the key of signed URLs
+//! uploads    reserved names
+//! parts      what was received for them; size is NULL while it is being written
+//! contents   the bytes of small parts, which need no blob elsewhere
+//! entries    what was committed, with the list of its parts
+//! garbage    blobs that nothing names any more and that are to be deleted
+//! ```
+//!
+//! A blob has a row before it has a byte, and until it is deleted: whenever a process is killed, no
+//! blob is left without a row. Committing is one transaction, so an entry is there as a whole or
+//! not at all. In SQLite commits that come at once share one transaction and one wait for the disk.
+//!
+//! Times are those of the store's own clock, which runs only while a service is up and is recorded
+//! in `settings`: a machine's wrong clock makes nothing old.
+//!
+//! The statements are the same for both databases, except for the columns that number themselves
+//! and for the search of a text in another.
+
+mod commit;
+mod connections;
+mod entries;
+mod eviction;
+mod garbage;
+mod rows;
+mod schema;
+mod settings;
+mod upload_parts;
+mod uploads;
+
+use sqlx::{AnyPool, Executor};
+
+use crate::cache_protocol::store::StoreError;
+use crate::clock::Timestamp;
+use crate::serve::catalog::rows::unsigned;
+use crate::serve::catalog::schema::Dialect;
+
+pub use crate::serve::catalog::commit::{Commit, CommitSource, CommittedUpload};
+pub use crate::serve::catalog::connections::{Database, PostgresUrl};
+pub use crate::serve::catalog::eviction::Removed;
+pub use crate::serve::catalog::upload_parts::{BegunPart, FinishedPart, Replaces, SmallPart};
+pub use crate::serve::catalog::uploads::{NameStatus, Unwritten};
+
+/// How many rows one transaction of the sweep deletes.
+const SWEEP_ROWS: i64 = 500;
+
+/// The database's tables.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    read: AnyPool,
+    /// The same as `read` in PostgreSQL. In SQLite it is for batched queries: a few connections
+    /// whose statements stay prepared.
+    quick: AnyPool,
+    /// The same as `read` in PostgreSQL. SQLite has one writer at a time, and it is better to wait
+    /// for it here than in the file's lock.
+    write: AnyPool,
+    dialect: Dialect,
+}
+
+/// The totals of the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Committed entries.
+    pub entries: u64,
+    /// Their size in bytes.
+    pub bytes: u64,
+    /// Reserved uploads.
+    pub uploads: u64,
+    /// The bytes received for those.
+    pub upload_bytes: u64,
+}
+
+/// The current time, and the time since which unused uploads count as abandoned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moments {
+    /// Now.
+    pub now: Timestamp,
+    /// Uploads that were not used since then are given up.
+    pub abandoned: Timestamp,
+}
+
+impl Catalog {
+    /// Writes SQLite's log back into the database, while others write to the log.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub async fn checkpoint(&self) -> Result<(), sqlx::Error> {
+        if self.dialect == Dialect::Sqlite {
+            let mut connection = self.read.acquire().await?;
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
+        }
+        Ok(())
+    }
+
+    /// Gives free room in the database back to the disk, if the database is SQLite.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub async fn give_back(&self) -> Result<(), StoreError> {
+        if self.dialect == Dialect::Sqlite {
+            let mut connection = self.write.acquire().await?;
+            connection.execute("PRAGMA incremental_vacuum").await?;
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
+        }
+        Ok(())
+    }
+
+    /// The totals of the database.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub async fn totals(&self) -> Result<Totals, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT (SELECT COUNT(*) FROM entries) AS entries, \
+             (SELECT CAST(COALESCE(SUM(COALESCE(stored, size)), 0) AS BIGINT) FROM entries) \
+             AS bytes, \
+             (SELECT COUNT(*) FROM uploads) AS uploads, \
+             (SELECT CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM parts) AS upload_bytes",
+        )
+        .fetch_one(&self.read)
+        .await?;
+        Ok(Totals {
+            entries: unsigned(&row, "entries")?,
+            bytes: unsigned(&row, "bytes")?,
+            uploads: unsigned(&row, "uploads")?,
+            upload_bytes: unsigned(&row, "upload_bytes")?,
+        })
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// The database's error if it does not.
+    pub async fn ping(&self) -> Result<(), sqlx::Error> {
+        sqlx::query("SELECT 1").execute(&self.read).await?;
+        Ok(())
+    }
+
+    /// Closes the connections; SQLite then leaves one file.
+    pub async fn close(&self) {
+        self.read.close().await;
+        self.quick.close().await;
+        self.write.close().await;
+    }
+}

@@ -1,0 +1,130 @@
+//! What a store has in memory that no other service uses: uploads, and batches of queries.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tracing::warn;
+
+use crate::cache_protocol::ids::UploadId;
+use crate::cache_protocol::store::{EntryName, StoreError};
+use crate::serve::batch::Batcher;
+use crate::serve::catalog::{Catalog, Commit, CommittedUpload, NameStatus};
+use crate::serve::entry_store::look_up_cache::LookupCache;
+use crate::serve::entry_store::number_pool::NumberPool;
+use crate::serve::uploads_in_memory::HeldUploads;
+
+/// The size of SQLite's log, in bytes, at which it is written back into the database.
+const CHECKPOINT_SIZE: u64 = 8 << 20;
+
+/// How many commits may share a transaction.
+const COMMITS_PER_TRANSACTION: usize = 128;
+
+/// How many names are looked for at once.
+const NAMES_PER_QUERY: usize = 32;
+
+/// The state of a store that no other service uses: it holds in memory uploads that the database
+/// does not have.
+pub(super) struct ExclusiveState {
+    pub(super) held: HeldUploads,
+    /// Held while uploads are persisted.
+    pub(super) leaving: tokio::sync::Mutex<()>,
+    pub(super) numbers: NumberPool,
+    pub(super) names: Batcher<EntryName, Result<NameStatus, Arc<sqlx::Error>>>,
+    pub(super) commits: Batcher<(Option<UploadId>, Commit), Result<CommittedUpload, StoreError>>,
+    pub(super) found: LookupCache,
+}
+
+impl ExclusiveState {
+    pub(super) fn of(catalog: &Catalog) -> Self {
+        let held = HeldUploads::default();
+        let names = {
+            let catalog = catalog.clone();
+            move |names: Vec<EntryName>| {
+                let catalog = catalog.clone();
+                async move {
+                    match catalog.name_statuses(&names).await {
+                        Ok(taken) => taken.into_iter().map(Ok).collect(),
+                        Err(error) => repeated(&Arc::new(error), names.len(), Err),
+                    }
+                }
+            }
+        };
+        let commits = {
+            let (catalog, held) = (catalog.clone(), held.clone());
+            let log = WalTracker::default();
+            move |asked: Vec<(Option<UploadId>, Commit)>| {
+                let (catalog, held, log) = (catalog.clone(), held.clone(), log.clone());
+                let (ours, commits): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+                async move {
+                    let mut done = match catalog.commit(&commits).await {
+                        Ok(done) => done,
+                        Err(error) => {
+                            let backend = |error| Err(StoreError::Backend(Box::new(error)));
+                            repeated(&Arc::new(error), commits.len(), backend)
+                        }
+                    };
+                    // Here, since the request may be gone by now.
+                    for (own, done) in ours.iter().zip(&mut done) {
+                        let Some(own) = own else { continue };
+                        let upload_bytes = held.end_commit(*own, done.is_ok());
+                        if let Ok(committed) = done {
+                            committed.upload_bytes = upload_bytes;
+                            log.grew(upload_bytes, &catalog);
+                        }
+                    }
+                    done
+                }
+            }
+        };
+        Self {
+            held,
+            leaving: tokio::sync::Mutex::default(),
+            numbers: NumberPool::default(),
+            names: Batcher::new(NAMES_PER_QUERY, 1, names),
+            commits: Batcher::new(COMMITS_PER_TRANSACTION, 1, commits),
+            found: LookupCache::default(),
+        }
+    }
+}
+
+/// How much is in SQLite's log that is not in the database.
+#[derive(Clone, Default)]
+struct WalTracker {
+    bytes: Arc<AtomicU64>,
+    emptying: Arc<AtomicBool>,
+}
+
+impl WalTracker {
+    /// Counts growth of the log. If that is enough, a task writes it back into the database, while
+    /// commits continue.
+    fn grew(&self, bytes: u64, catalog: &Catalog) {
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes < CHECKPOINT_SIZE || self.emptying.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        self.bytes.store(0, Ordering::Relaxed);
+        let (catalog, emptying) = (catalog.clone(), self.emptying.clone());
+        tokio::spawn(async move {
+            // If this fails, a commit writes it back.
+            if let Err(error) = catalog.checkpoint().await {
+                warn!(%error, "cannot write the database's log back into it");
+            }
+            emptying.store(false, Ordering::Relaxed);
+        });
+    }
+}
+
+/// The same error for each request of a group.
+fn repeated<T>(
+    error: &Arc<sqlx::Error>,
+    count: usize,
+    each: impl Fn(Arc<sqlx::Error>) -> T,
+) -> Vec<T> {
+    (0..count).map(|_| each(error.clone())).collect()
+}
+
+/// The error after the answering task has ended.
+pub(super) fn closed() -> StoreError {
+    StoreError::Io(io::Error::other("the store is closed"))
+}

@@ -1,0 +1,270 @@
+//! The store as the cache protocols see it: reservations, commits and look-ups.
+
+use std::sync::Arc;
+
+use futures_util::Stream;
+use tracing::{error, warn};
+
+use crate::cache_protocol::azure_blob::is_missing;
+use crate::cache_protocol::ids::{EntryId, UploadId};
+use crate::cache_protocol::parts::Part;
+use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
+use crate::clock::Timestamp;
+use crate::serve::blob_store::StoredContent;
+use crate::serve::catalog::{Commit, CommitSource, CommittedUpload, Moments, NameStatus};
+use crate::serve::entry_store::content::WatchedContent;
+use crate::serve::entry_store::exclusive::closed;
+use crate::serve::entry_store::look_up_cache::LookupCache;
+use crate::serve::entry_store::{EntryStore, StoreInner};
+use crate::serve::uploads_in_memory::UploadLocation;
+
+impl EntryStore {
+    /// Reserves a name, in memory if possible.
+    async fn reserve_once(&self, name: &EntryName) -> Result<UploadId, StoreError> {
+        let StoreInner {
+            catalog, exclusive, ..
+        } = &*self.inner;
+        let Moments { now, abandoned } = self.moments();
+        let Some(exclusive) = exclusive else {
+            return catalog.reserve(name, now, abandoned).await;
+        };
+        let numbers = &exclusive.numbers;
+        let upload = numbers.upload(catalog).await?;
+        let (reserving, given_up) = exclusive.held.reserve(name, upload, now, abandoned)?;
+        self.subtract_finished(given_up);
+        let taken = exclusive.names.ask(name.clone()).await.ok_or_else(closed)?;
+        match taken.map_err(|error| StoreError::Backend(Box::new(error)))? {
+            NameStatus::Free => {
+                reserving.keep();
+                Ok(upload)
+            }
+            NameStatus::Committed => Err(StoreError::AlreadyExists),
+            // It may be abandoned. No other task reserves the name meanwhile.
+            NameStatus::Reserved => catalog.reserve(name, now, abandoned).await,
+        }
+    }
+
+    /// Makes an upload an entry, wherever it is.
+    async fn commit_once(
+        &self,
+        upload: UploadId,
+        size: u64,
+    ) -> Result<CommittedUpload, StoreError> {
+        let mut commit = Commit {
+            what: CommitSource::Upload(upload),
+            size,
+            created: Timestamp::now(),
+            moments: self.moments(),
+        };
+        let Some(exclusive) = &self.inner.exclusive else {
+            let done = self.inner.catalog.commit(&[commit]).await?;
+            return done.into_iter().next().ok_or_else(closed)?;
+        };
+        let mut held = None;
+        loop {
+            match exclusive.held.commit(upload, size)? {
+                UploadLocation::InMemory((name, small)) => {
+                    commit.what = CommitSource::Unwritten(name, small);
+                    held = Some(upload);
+                }
+                UploadLocation::Leaving => {
+                    self.persist_one(upload).await?;
+                    continue;
+                }
+                UploadLocation::NotInMemory => {}
+            }
+            break;
+        }
+        exclusive
+            .commits
+            .ask((held, commit))
+            .await
+            .ok_or_else(closed)?
+    }
+}
+
+impl Store for EntryStore {
+    async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
+        let reserved = self.reserve_once(&name).await;
+        if self.made_room_for(reserved.as_ref().err()).await {
+            self.reserve_once(&name).await
+        } else {
+            reserved
+        }
+    }
+
+    fn check_size(&self, size: u64) -> Result<(), StoreError> {
+        let limit = self.inner.limits.entry;
+        if size > limit {
+            return Err(StoreError::TooLarge { limit });
+        }
+        Ok(())
+    }
+
+    async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
+        let exclusive = self.inner.exclusive.as_ref();
+        match exclusive.and_then(|exclusive| exclusive.held.upload_of(name)) {
+            Some(upload) => Ok(upload),
+            None => self.inner.catalog.upload_of(name).await,
+        }
+    }
+
+    async fn name_of(&self, upload: UploadId) -> Result<EntryName, StoreError> {
+        let exclusive = self.inner.exclusive.as_ref();
+        match exclusive.and_then(|exclusive| exclusive.held.name_of(upload)) {
+            Some(name) => Ok(name),
+            None => self.inner.catalog.name_of(upload).await,
+        }
+    }
+
+    async fn write(
+        &self,
+        upload: UploadId,
+        offset: u64,
+        truncate: bool,
+        pieces: impl Stream<Item = Chunk> + Send,
+    ) -> Result<(), StoreError> {
+        self.receive(upload, None, (offset, truncate), pieces).await
+    }
+
+    async fn write_block(
+        &self,
+        upload: UploadId,
+        block: &str,
+        pieces: impl Stream<Item = Chunk> + Send,
+    ) -> Result<(), StoreError> {
+        self.receive(upload, Some(block), (0, false), pieces).await
+    }
+
+    async fn join_blocks(&self, upload: UploadId, blocks: Vec<String>) -> Result<(), StoreError> {
+        let StoreInner {
+            catalog,
+            limits,
+            time,
+            ..
+        } = &*self.inner;
+        let now = time.now();
+        self.begin_write(upload, false).await?;
+        let joined = catalog
+            .join_blocks(upload, &blocks, limits.entry, now)
+            .await;
+        if self.made_room_for(joined.as_ref().err()).await {
+            catalog
+                .join_blocks(upload, &blocks, limits.entry, now)
+                .await
+        } else {
+            joined
+        }
+    }
+
+    async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
+        self.check_size(size)?;
+        let found = self
+            .inner
+            .exclusive
+            .as_ref()
+            .map(|exclusive| &exclusive.found);
+        let age = found.map_or(0, LookupCache::age);
+        let committed = self.commit_once(upload, size).await;
+        let CommittedUpload {
+            entry,
+            parts,
+            upload_bytes,
+        } = if self.made_room_for(committed.as_ref().err()).await {
+            self.commit_once(upload, size).await?
+        } else {
+            committed?
+        };
+        self.subtract_finished(upload_bytes);
+        // Later jobs read the entry that this one saved.
+        self.inner.parts.insert(entry.id, parts.into());
+        if let Some(found) = found {
+            found.keep(&entry, age);
+        }
+        Ok(entry)
+    }
+
+    async fn find(&self, query: &Query<'_>) -> Option<Entry> {
+        let found = self
+            .inner
+            .exclusive
+            .as_ref()
+            .map(|exclusive| &exclusive.found);
+        if let Some(entry) = found.and_then(|found| found.get(query)) {
+            self.used(entry.id);
+            return Some(entry);
+        }
+        let age = found.map_or(0, LookupCache::age);
+        match self.inner.catalog.find(query).await {
+            Ok(None) => None,
+            Ok(Some(entry)) => {
+                let is_first = query.scopes.first() == Some(&entry.name.scope)
+                    && query.keys.first() == Some(&entry.name.key.as_str());
+                if let Some(found) = found.filter(|_| is_first) {
+                    found.keep(&entry, age);
+                }
+                // The client is about to read it. Even if it does not, GitHub counts a look-up as a
+                // use too.
+                self.used(entry.id);
+                Some(entry)
+            }
+            Err(error) => {
+                error!(cause = %error, "a lookup failed and was answered as a miss");
+                None
+            }
+        }
+    }
+
+    async fn open(&self, entry: EntryId) -> Option<Content> {
+        let parts = match self.inner.parts.get(&entry) {
+            Some(parts) => parts,
+            None => match self.inner.catalog.parts_of(entry).await {
+                Ok(parts) => {
+                    let parts: Arc<[Part]> = parts?.into();
+                    self.inner.parts.insert(entry, parts.clone());
+                    parts
+                }
+                Err(error) => {
+                    error!(cause = %error, "cannot look up an entry");
+                    return None;
+                }
+            },
+        };
+        self.used(entry);
+        let StoreInner { blobs, inside, .. } = &*self.inner;
+        if let [part] = &*parts
+            && part.inside
+        {
+            return match inside.read(part).await {
+                Ok(bytes) => Some(Content::Bytes(bytes)),
+                Err(error) if is_missing(&error) => {
+                    self.mark_missing(entry).await;
+                    None
+                }
+                Err(error) => {
+                    error!(cause = %error, "cannot read an entry");
+                    None
+                }
+            };
+        }
+        Some(Content::Remote(Box::new(WatchedContent {
+            store: self.clone(),
+            entry,
+            parts: StoredContent::new(blobs.clone(), inside.clone(), parts),
+        })))
+    }
+
+    async fn mark_missing(&self, entry: EntryId) {
+        self.inner.parts.invalidate(&entry);
+        warn!(
+            %entry,
+            "the content of an entry is gone or changed; the entry is dropped"
+        );
+        let now = self.inner.time.now();
+        let forgotten = self.inner.catalog.remove_entry(entry, now).await;
+        self.invalidate_lookups();
+        if let Err(error) = forgotten {
+            error!(cause = error.cause(), "cannot drop an entry");
+        }
+    }
+}
