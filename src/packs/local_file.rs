@@ -21,16 +21,8 @@ pub struct LocalFile {
 
 /// The bytes that this user may still write on the disk of `path`, which exists; `None` if the system does
 /// not say.
-#[cfg(unix)]
 pub fn free(path: &Path) -> Option<u64> {
-    let status = rustix::fs::statvfs(path).ok()?;
-    status.f_bavail.checked_mul(status.f_frsize)
-}
-
-/// The same on systems that this crate does not ask.
-#[cfg(not(unix))]
-pub fn free(_path: &Path) -> Option<u64> {
-    None
+    fs4::available_space(path).ok()
 }
 
 impl LocalFile {
