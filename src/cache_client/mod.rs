@@ -2,7 +2,7 @@
 //! version 1 (REST), which GitHub Enterprise Server, Gitea, Forgejo and `act` have.
 //!
 //! It sends requests and reports results; its caller decides whether and when to retry. The token
-//! goes to the service's own address and nowhere else: the addresses of content are signed, and
+//! goes only to the service's own address: the addresses of content are signed, and
 //! need none.
 
 mod connection;

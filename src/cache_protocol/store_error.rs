@@ -101,7 +101,7 @@ impl StoreError {
     pub(super) fn answers(&self) -> ErrorAnswers {
         use StatusCode as Code;
         // `@actions/cache` shows the message of status 400 only (`reserveCache`), so version 1 has
-        // no narrower status for what a client can mend.
+        // no narrower status for what a client can fix.
         let (v1_invalid, v2_invalid) = (Code::BAD_REQUEST, (Code::BAD_REQUEST, "invalid_argument"));
         let azure_invalid = (Code::BAD_REQUEST, "InvalidInput");
         match self {

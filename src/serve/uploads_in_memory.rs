@@ -60,7 +60,7 @@ pub(crate) enum UploadLocation<T> {
     InMemory(T),
     /// It is moving into the database, or must be moved there.
     Leaving,
-    /// In the database, or nowhere.
+    /// In the database, if it is stored at all.
     NotInMemory,
 }
 

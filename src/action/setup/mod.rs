@@ -262,7 +262,7 @@ async fn set_up(
         relay: relay.as_ref(),
         log,
     };
-    // The two wait for each other nowhere.
+    // Neither of the two ever waits for the other.
     let (ready, ()) = tokio::join!(context.set_up_sccache(selection), context.restore_cargo());
     let ready = match (ready, relay) {
         (Ok(ready), Some(relay)) if ready.mode == Mode::Packed => Ok(SetupResult {

@@ -34,7 +34,7 @@ pub struct FinishedPart {
     pub blob: BlobId,
     /// The size and digests of its content.
     pub content: WrittenBlob,
-    /// Its bytes, if they are to be in the database and nowhere else.
+    /// Its bytes, if only the database is to have them.
     pub inside: Option<Bytes>,
     /// Which older parts of its upload it replaces.
     pub replaces: Replaces,
