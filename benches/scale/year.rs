@@ -90,9 +90,9 @@ impl Chain {
             objects.push((key, object));
         };
         new.iter().for_each(|key| add(*key, hour));
-        for (key, (name, object)) in self.index.objects() {
+        for (key, name, object) in self.index.objects() {
             if moved.contains(name) {
-                add(key, object.used);
+                add(*key, object.used);
             }
         }
         self.number += 1;

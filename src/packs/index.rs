@@ -4,7 +4,7 @@
 //! with the same index, in whatever order they learn of each other.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -549,16 +549,16 @@ impl Index {
         }
     }
 
-    /// For each object the pack to read it from, by name: the newest of those that have it.
-    pub fn objects(&self) -> HashMap<ObjectKey, (&str, &Object)> {
+    /// Each object, with the pack to read it from: the newest of those that have it.
+    pub fn objects(&self) -> impl Iterator<Item = (&ObjectKey, &str, &Object)> {
         let count = self.packs.values().map(|pack| pack.objects.len()).sum();
-        let mut best: HashMap<ObjectKey, (&str, &Object)> = HashMap::with_capacity(count);
-        for (name, pack) in self.oldest_first() {
-            for (key, object) in pack.objects.iter() {
-                best.insert(*key, (name, object));
-            }
-        }
-        best
+        let mut found = HashSet::with_capacity(count);
+        let newest_first = self.oldest_first().into_iter().rev();
+        let objects = newest_first.flat_map(|(name, pack)| {
+            let objects = pack.objects.iter();
+            objects.map(move |(key, object)| (key, name, object))
+        });
+        objects.filter(move |(key, ..)| found.insert(*key))
     }
 
     /// The packs by age, then by name.
@@ -620,7 +620,7 @@ impl Index {
         movable: impl Fn(&str) -> bool,
     ) -> BTreeSet<String> {
         let mut live: BTreeMap<&str, u64> = BTreeMap::new();
-        for (name, object) in self.objects().into_values() {
+        for (_, name, object) in self.objects() {
             let bytes = live.entry(name).or_default();
             *bytes = bytes.saturating_add(object.length);
         }
@@ -887,8 +887,8 @@ pub(crate) mod tests {
             ("b", pack(1, &[(1, object(0, 5, 0))])),
             ("a", pack(2, &[(1, object(0, 7, 0))])),
         ]);
-        let objects = index.objects();
-        assert_eq!(objects[&key(1)].0, "a");
+        let packs: Vec<&str> = index.objects().map(|(_, name, _)| name).collect();
+        assert_eq!(packs, ["a"]);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The table of the objects and packs that the relay knows, and the decisions that depend on them: values,
 //! without a clock or a network.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
+use indexmap::IndexMap;
 use tokio::sync::watch;
 
 use crate::cache_client::FoundEntry;
@@ -34,6 +35,9 @@ const REPACK_LIMIT: u64 = 96 << 20;
 /// it again.
 const USE_NOTE_AGE: u32 = 24;
 
+/// The first number of what is no object. No relay knows so many objects, and JSON's numbers hold it.
+const FIRST_OTHER: u64 = 1 << 40;
+
 /// The place of an object's bytes.
 #[derive(Clone, Debug)]
 pub(super) enum Location {
@@ -46,8 +50,6 @@ pub(super) enum Location {
 /// An object that this job can read.
 #[derive(Clone, Debug)]
 pub(super) struct ObjectRecord {
-    /// The number by which sccache knows it, if sccache has looked it up.
-    number: Option<EntryId>,
     pub(super) digest: Digest,
     pub(super) length: u64,
     pub(super) location: Location,
@@ -113,8 +115,9 @@ pub(super) struct MemberRecord {
 #[derive(Debug)]
 pub(super) struct ObjectTable {
     folder: PathBuf,
-    table: HashMap<ObjectKey, ObjectRecord>,
-    by_number: HashMap<EntryId, ObjectKey>,
+    /// The objects in the order in which they became known. Their positions are the numbers by which
+    /// sccache knows them, so a removed one leaves its place.
+    records: IndexMap<ObjectKey, Option<ObjectRecord>>,
     next: u64,
     pub(super) packs: Vec<PackRecord>,
     pack_numbers: HashMap<String, usize>,
@@ -166,9 +169,8 @@ impl ObjectTable {
     ) -> Self {
         Self {
             folder,
-            table: HashMap::new(),
-            by_number: HashMap::new(),
-            next: 1,
+            records: IndexMap::new(),
+            next: FIRST_OTHER,
             packs: Vec::new(),
             pack_numbers: HashMap::new(),
             members: HashMap::new(),
@@ -184,7 +186,7 @@ impl ObjectTable {
         }
     }
 
-    /// A new number: sccache knows objects, other entries and uploads by their numbers.
+    /// A new number for what is no object: sccache knows other entries and uploads by their numbers too.
     pub(super) fn new_number(&mut self) -> u64 {
         let number = self.next;
         self.next += 1;
@@ -193,20 +195,15 @@ impl ObjectTable {
 
     /// The object that sccache knows by this number.
     pub(super) fn by_number(&self, number: EntryId) -> Option<ObjectKey> {
-        self.by_number.get(&number).copied()
+        let position = usize::try_from(number.0.checked_sub(1)?).ok()?;
+        let (key, record) = self.records.get_index(position)?;
+        record.as_ref().map(|_| *key)
     }
 
-    /// The number of a known object.
-    pub(super) fn number_of(&mut self, key: ObjectKey) -> EntryId {
-        if let Some(number) = self.table.get(&key).and_then(|record| record.number) {
-            return number;
-        }
-        let number = EntryId(self.new_number());
-        self.by_number.insert(number, key);
-        if let Some(record) = self.table.get_mut(&key) {
-            record.number = Some(number);
-        }
-        number
+    /// The number of an object that is or was known.
+    pub(super) fn number_of(&self, key: ObjectKey) -> Option<EntryId> {
+        let position = self.records.get_index_of(&key)?;
+        Some(EntryId(position as u64 + 1))
     }
 
     /// Adds the packs of a scope and their objects. Objects that this job has already stay.
@@ -229,6 +226,7 @@ impl ObjectTable {
                     number
                 }
             };
+            self.records.reserve(pack.objects.len());
             for (key, object) in pack.objects.iter() {
                 self.add_object(*key, object, number);
             }
@@ -244,7 +242,7 @@ impl ObjectTable {
 
     fn add_object(&mut self, key: ObjectKey, object: &Object, pack: usize) {
         let location = Location::Pack(pack, object.offset);
-        if let Some(record) = self.table.get_mut(&key) {
+        if let Some(record) = self.object_mut(key) {
             if matches!(record.location, Location::Pack(..)) {
                 record.digest = object.digest;
                 record.length = object.length;
@@ -253,26 +251,26 @@ impl ObjectTable {
             return;
         }
         let record = ObjectRecord {
-            number: None,
             digest: object.digest,
             length: object.length,
             location,
             used: false,
             pending: false,
         };
-        self.table.insert(key, record);
+        self.records.insert(key, Some(record));
     }
 
     pub(super) fn object(&self, key: ObjectKey) -> Option<&ObjectRecord> {
-        self.table.get(&key)
+        self.records.get(&key)?.as_ref()
+    }
+
+    fn object_mut(&mut self, key: ObjectKey) -> Option<&mut ObjectRecord> {
+        self.records.get_mut(&key)?.as_mut()
     }
 
     pub(super) fn objects(&self) -> impl Iterator<Item = (&ObjectKey, &ObjectRecord)> {
-        self.table.iter()
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.table.len()
+        let records = self.records.iter();
+        records.filter_map(|(key, record)| Some((key, record.as_ref()?)))
     }
 
     pub(super) fn pack_number(&self, name: &str) -> Option<usize> {
@@ -306,26 +304,22 @@ impl ObjectTable {
 
     /// Notes that this job used the object.
     pub(super) fn mark_used(&mut self, key: ObjectKey) {
-        if let Some(record) = self.table.get_mut(&key) {
+        if let Some(record) = self.object_mut(key) {
             record.used = true;
         }
     }
 
     /// Removes an object whose bytes are missing or damaged.
     pub(super) fn remove(&mut self, key: ObjectKey) {
-        if let Some(record) = self.table.remove(&key) {
-            if let Some(number) = record.number {
-                self.by_number.remove(&number);
-            }
-            if record.pending {
-                self.pending.retain(|pending| *pending != key);
-            }
+        let record = self.records.get_mut(&key).and_then(Option::take);
+        if record.is_some_and(|record| record.pending) {
+            self.pending.retain(|pending| *pending != key);
         }
     }
 
     /// Notes another location of an object's bytes.
     pub(super) fn relocate(&mut self, key: ObjectKey, location: Location) {
-        if let Some(record) = self.table.get_mut(&key) {
+        if let Some(record) = self.object_mut(key) {
             record.location = location;
         }
     }
@@ -338,23 +332,21 @@ impl ObjectTable {
         (digest, length): (Digest, u64),
         now: Duration,
     ) -> EntryId {
-        let waits = self.table.get(&key).is_some_and(|record| record.pending);
-        let number = self.number_of(key);
+        let waits = self.object(key).is_some_and(|record| record.pending);
         let record = ObjectRecord {
-            number: Some(number),
             digest,
             length,
             location: Location::File(file, offset),
             used: true,
             pending: self.writable,
         };
-        self.table.insert(key, record);
+        let (position, _) = self.records.insert_full(key, Some(record));
         if self.writable && !waits {
             self.pending.push(key);
             self.pending_bytes = self.pending_bytes.saturating_add(length);
             self.pending_since.get_or_insert(now);
         }
-        number
+        EntryId(position as u64 + 1)
     }
 
     /// How many objects are pending, and their bytes and age for the flush policy.
@@ -369,7 +361,7 @@ impl ObjectTable {
     /// The objects to save next: the pending ones, oldest first, up to `limit` bytes but at least one.
     pub(super) fn batch(&self, limit: u64) -> Vec<ObjectKey> {
         let mut bytes = 0u64;
-        let length = |key: &ObjectKey| self.table.get(key).map_or(0, |record| record.length);
+        let length = |key: &ObjectKey| self.object(*key).map_or(0, |record| record.length);
         self.pending
             .iter()
             .enumerate()
@@ -384,16 +376,20 @@ impl ObjectTable {
     /// Notes that these objects, the oldest pending ones, are saved.
     pub(super) fn mark_saved(&mut self, batch: &[ObjectKey], now: Duration) {
         for key in batch {
-            if let Some(record) = self.table.get_mut(key) {
+            if let Some(record) = self.object_mut(*key) {
                 record.pending = false;
             }
         }
-        let is_pending = |key: &ObjectKey| self.table.get(key).is_some_and(|record| record.pending);
+        let records = &self.records;
+        let is_pending = |key: &ObjectKey| {
+            let record = records.get(key).and_then(Option::as_ref);
+            record.is_some_and(|record| record.pending)
+        };
         self.pending.retain(is_pending);
         let lengths = self
             .pending
             .iter()
-            .filter_map(|key| Some(self.table.get(key)?.length));
+            .filter_map(|key| Some(self.object(*key)?.length));
         self.pending_bytes = lengths.sum();
         self.pending_since = (!self.pending.is_empty()).then_some(now);
     }
@@ -432,7 +428,7 @@ impl ObjectTable {
         });
         for key in saved {
             if let Some(object) = pack.objects.get(key)
-                && let Some(record) = self.table.get_mut(key)
+                && let Some(record) = self.object_mut(*key)
                 && record.digest == object.digest
             {
                 record.location = Location::Pack(number, object.offset);
@@ -448,7 +444,7 @@ impl ObjectTable {
     pub(super) fn disable_writes(&mut self) {
         self.writable = false;
         for key in std::mem::take(&mut self.pending) {
-            if let Some(record) = self.table.get_mut(&key) {
+            if let Some(record) = self.object_mut(key) {
                 record.pending = false;
             }
         }
@@ -559,11 +555,7 @@ impl ObjectTable {
         lane: u64,
         (time, run_stats): (u64, Option<RunStats>),
     ) -> bool {
-        let used: HashSet<ObjectKey> = self
-            .objects()
-            .filter(|(_, record)| record.used)
-            .map(|(key, _)| *key)
-            .collect();
+        let is_used = |key: &ObjectKey| self.object(*key).is_some_and(|record| record.used);
         let used_member = |member: &BundleMember| self.used_members.contains(&member.key);
         let hour = hours(time);
         let mut is_due = false;
@@ -574,27 +566,38 @@ impl ObjectTable {
             is_due = true;
         };
         let mut wanted = BTreeSet::new();
-        let mut best: HashMap<ObjectKey, Arc<str>> = HashMap::new();
-        for (name, pack) in own.oldest_first() {
-            let name: Arc<str> = name.into();
-            let keys = pack.objects.keys().filter(|key| used.contains(*key));
-            best.extend(keys.map(|key| (*key, name.clone())));
-        }
-        for (key, name) in &best {
-            let pack = own.packs.get_mut(&**name);
-            let Some(pack) = pack else {
-                continue;
-            };
-            if pack
-                .objects
-                .get(key)
-                .is_some_and(|object| is_old(object.used))
-                && let Some(object) = pack.objects.get_mut(key)
-            {
-                note(&mut object.used);
+        let mut due: BTreeMap<String, Vec<ObjectKey>> = BTreeMap::new();
+        let mut found = HashSet::new();
+        for (key, name, object) in own.objects().filter(|(key, ..)| is_used(key)) {
+            found.insert(key);
+            if !wanted.contains(name) {
+                wanted.insert(name.to_owned());
             }
-            if !wanted.contains(&**name) {
-                wanted.insert(name.to_string());
+            if is_old(object.used) {
+                due.entry(name.to_owned()).or_default().push(*key);
+            }
+        }
+        for index in others {
+            let elsewhere = index
+                .objects()
+                .filter(|(key, ..)| is_used(key) && !found.contains(key));
+            let names: BTreeSet<&str> = elsewhere.map(|(_, name, _)| name).collect();
+            wanted.extend(names.into_iter().map(str::to_owned));
+            let bundled = index.packs.iter().filter(|(_, pack)| {
+                let mut members = pack.bundle.iter().flat_map(|bundle| bundle.members.iter());
+                members.any(used_member)
+            });
+            wanted.extend(bundled.map(|(name, _)| name.clone()));
+        }
+        drop(found);
+        for (name, keys) in due {
+            if let Some(pack) = own.packs.get_mut(&name) {
+                let objects = &mut pack.objects;
+                keys.iter().for_each(|key| {
+                    if let Some(object) = objects.get_mut(key) {
+                        note(&mut object.used);
+                    }
+                });
             }
         }
         for (name, pack) in &mut own.packs {
@@ -611,24 +614,6 @@ impl ObjectTable {
                     note(&mut member.used);
                 }
             }
-        }
-        for index in others {
-            let mut elsewhere: HashMap<ObjectKey, &str> = HashMap::new();
-            for (name, pack) in index.oldest_first() {
-                let keys = pack
-                    .objects
-                    .keys()
-                    .copied()
-                    .filter(|key| used.contains(key) && !best.contains_key(key));
-                elsewhere.extend(keys.map(|key| (key, name)));
-            }
-            let names: BTreeSet<&str> = elsewhere.into_values().collect();
-            wanted.extend(names.into_iter().map(str::to_owned));
-            let bundled = index.packs.iter().filter(|(_, pack)| {
-                let mut members = pack.bundle.iter().flat_map(|bundle| bundle.members.iter());
-                members.any(|member| self.used_members.contains(&member.key))
-            });
-            wanted.extend(bundled.map(|(name, _)| name.clone()));
         }
         let before = own
             .lanes
@@ -797,11 +782,14 @@ mod tests {
         table.add_test_object(key(1), b"others", PackState::Remote { asked: 0 });
         let record = table.object(key(1)).unwrap();
         assert_eq!(record.digest, Digest::of(b"own"));
-        assert_eq!(table.number_of(key(1)), number);
+        assert_eq!(table.number_of(key(1)), Some(number));
         assert_eq!(table.by_number(number), Some(key(1)));
         table.remove(key(1));
         assert_eq!(table.by_number(number), None);
         assert_eq!(table.pending().0, 0);
+        assert_eq!(write(&mut table, key(2), b"other").0, number.0 + 1);
+        assert_eq!(write(&mut table, key(1), b"again"), number);
+        assert_eq!(table.by_number(number), Some(key(1)));
     }
 
     #[test]

@@ -476,11 +476,11 @@ impl PackWriter {
     ) -> BTreeSet<String> {
         let mut stay = BTreeSet::new();
         let mut added = Vec::new();
-        for (key, (name, object)) in own.index.objects() {
-            if !repacked.contains(name) || builder.pack.objects.contains_key(&key) {
+        for (key, name, object) in own.index.objects() {
+            if !repacked.contains(name) || builder.pack.objects.contains_key(key) {
                 continue;
             }
-            let here = self.table.lock().bytes_of(key, name, object);
+            let here = self.table.lock().bytes_of(*key, name, object);
             // It may have been downloaded and never checked.
             let good = here.filter(|(file, at)| file.holds(*at, object.length, object.digest));
             let Some((file, offset)) = good else {
@@ -493,7 +493,7 @@ impl PackWriter {
                 length: object.length,
             };
             let offset = builder.add(range);
-            added.push((key, Object { offset, ..*object }));
+            added.push((*key, Object { offset, ..*object }));
         }
         let new = std::mem::take(&mut builder.pack.objects);
         builder.pack.objects = Vec::from(new).into_iter().chain(added).collect();

@@ -47,7 +47,7 @@ impl Relay {
             for chain in chains.iter_mut().rev() {
                 objects.add_index(chain);
             }
-            let (packs, count) = (objects.packs.len(), objects.len());
+            let (packs, count) = (objects.packs.len(), objects.objects().count());
             let bytes = objects.packs.iter().map(|pack| pack.data_length).sum();
             self.activity.note(|activity| {
                 activity.known_packs = packs as u64;

@@ -107,10 +107,12 @@ impl Relay {
         {
             let mut objects = self.table.lock();
             let same = |record: &&ObjectRecord| record.digest == digest && record.length == length;
-            let known = objects.object(key).filter(same).cloned();
-            if known.is_some_and(|record| objects.is_available(&record)) {
+            let known = objects.object(key).filter(same);
+            if known.is_some_and(|record| objects.is_available(record))
+                && let Some(number) = objects.number_of(key)
+            {
                 objects.mark_used(key);
-                return Ok((objects.number_of(key), length));
+                return Ok((number, length));
             }
         }
         if length > OBJECT_LIMIT {
@@ -164,10 +166,10 @@ impl Relay {
         let (known, answer) = {
             let mut objects = self.table.lock();
             let length = objects.object(key).map(|record| record.length);
-            let answer = length.filter(|_| found).map(|length| {
+            let answer = objects.number_of(key).zip(length).filter(|_| found);
+            if answer.is_some() {
                 objects.mark_used(key);
-                (objects.number_of(key), length)
-            });
+            }
             (length.is_some(), answer)
         };
         self.activity.note(|activity| match answer {
