@@ -103,13 +103,14 @@ impl EntryStore {
         if let Some(age) = limits.unused {
             let before = now - age;
             let expired = catalog.expire(before, now).await;
-            self.invalidate_lookups();
-            sweep.expired = expired?.count;
+            let expired = expired.map(|swept| swept.count);
+            self.invalidate_lookups_after(&expired);
+            sweep.expired = expired?;
         }
         let ended = self.totals().await?.upload_bytes;
         self.inner.finished.store(ended, Ordering::Relaxed);
         let evicted = self.evict(urgency, now).await;
-        self.invalidate_lookups();
+        self.invalidate_lookups_after(&evicted);
         sweep.evicted = evicted?;
         let until = match urgency {
             Urgency::Usual => now - GARBAGE_STAYS,
@@ -120,6 +121,13 @@ impl EntryStore {
             catalog.give_back().await?;
         }
         Ok(sweep)
+    }
+
+    /// So many entries are gone; after an error some may be.
+    fn invalidate_lookups_after<E>(&self, removed: &Result<u64, E>) {
+        if !matches!(removed, Ok(0)) {
+            self.invalidate_lookups();
+        }
     }
 
     /// Some entries may be gone.
