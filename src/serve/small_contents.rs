@@ -18,7 +18,7 @@ use crate::serve::catalog::Catalog;
 pub(crate) const SMALL: usize = 256 * 1024;
 
 /// How many are read with one statement.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 32;
 
 /// How many statements are under way at once.
 const GROUPS: usize = 2;

@@ -9,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::garbage::discard_entry;
 use crate::serve::catalog::rows::{
-    decode_parts, entry_name, milliseconds, number, timestamp, unsigned,
+    decode_parts, entry_name, in_steps, milliseconds, number, placeholders, timestamp, unsigned,
 };
 
 /// The least upper bound of the keys that begin with `prefix`, in the order of code points, which
@@ -99,12 +99,17 @@ impl Catalog {
     /// An error of the database.
     pub async fn record_use(&self, used: &[(EntryId, Timestamp)]) -> Result<(), StoreError> {
         let mut transaction = self.write.begin().await?;
-        for (entry, when) in used {
-            sqlx::query("UPDATE entries SET used = $2 WHERE id = $1 AND used < $2")
-                .bind(number(*entry))
-                .bind(milliseconds(*when))
-                .execute(&mut *transaction)
-                .await?;
+        for used in in_steps(used) {
+            let update = format!(
+                "WITH recent (id, used) AS (VALUES {}) UPDATE entries SET used = recent.used \
+                 FROM recent WHERE entries.id = recent.id AND entries.used < recent.used",
+                placeholders(used.len(), 2)
+            );
+            let mut query = sqlx::query(sqlx::AssertSqlSafe(update));
+            for (entry, when) in used {
+                query = query.bind(number(*entry)).bind(milliseconds(*when));
+            }
+            query.execute(&mut *transaction).await?;
         }
         transaction.commit().await?;
         Ok(())
