@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::action::mode::Mode;
+use crate::clock::Timestamp;
 use crate::format::{group_digits, percent, pluralize, relative_time, size, time};
 use crate::packs::index::{RUNS_KEPT, RunStats};
 use crate::relay::activity::Activity;
@@ -60,8 +61,8 @@ pub struct Report<'a> {
     pub keeper: Option<&'a Activity>,
     /// The hit rate, in percent, that the user wants at least.
     pub min_hit_rate: Option<f64>,
-    /// The time, in seconds since 1970.
-    pub now: u64,
+    /// The time.
+    pub now: Timestamp,
 }
 
 impl Report<'_> {
@@ -97,12 +98,12 @@ impl Report<'_> {
     }
 }
 
-/// The numbers of a run that ended at `ended`, in seconds since 1970, for later runs to show.
+/// The numbers of a run that ended at `ended`, for later runs to show.
 /// `None` if nothing could have come from a cache.
-pub fn ran(stats: &Stats, dependencies: u64, ended: u64) -> Option<RunStats> {
+pub fn ran(stats: &Stats, dependencies: u64, ended: Timestamp) -> Option<RunStats> {
     let lookups = stats.lookups().saturating_add(dependencies);
     (lookups > 0).then(|| RunStats {
-        ended,
+        ended: ended.whole_seconds(),
         hits: stats.hits(),
         lookups,
         saved: stats.saved().map(|saved| saved.as_secs()),
@@ -190,7 +191,7 @@ fn trend(report: &Report<'_>) -> Option<String> {
 
 /// How long before this run another one ended.
 fn how_long_before(report: &Report<'_>, ran: &RunStats) -> String {
-    let since = Duration::from_secs(report.now.saturating_sub(ran.ended));
+    let since = report.now.since(ran.ended);
     match since.as_secs() {
         0..60 => "just before".to_owned(),
         _ => format!("{} before", relative_time(since)),
@@ -1011,7 +1012,7 @@ mod tests {
         }
     }
 
-    const NOW: u64 = 1_800_000_000;
+    const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 
     fn folder() -> std::path::PathBuf {
         std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -1105,7 +1106,7 @@ mod tests {
         let raw = format!("{raw:#}");
         let stats = Stats::parse(&raw).unwrap();
         let runs = (1..=11_u64).map(|i| RunStats {
-            ended: NOW - i * 11 * 3_600,
+            ended: NOW - Duration::from_secs(i * 11 * 3_600),
             hits: [
                 1_355, 1_391, 1_298, 1_398, 1_344, 702, 1_398, 1_372, 1_340, 1_210, 0,
             ][usize::try_from(i - 1).unwrap()],
@@ -1167,7 +1168,7 @@ mod tests {
 
     fn one_run(hits: u64, lookups: u64, ago: u64) -> Runs {
         let ran = RunStats {
-            ended: NOW - ago,
+            ended: NOW - Duration::from_secs(ago),
             hits,
             lookups,
             saved: None,
@@ -1254,7 +1255,7 @@ mod tests {
     /// The hits of `count` runs a day apart, of 40 look-ups each, and their saved times.
     fn runs(count: u64) -> Runs {
         let run = |i: u64| RunStats {
-            ended: NOW - i * 86_400,
+            ended: NOW - Duration::from_secs(i * 86_400),
             hits: 40 - (i * 7) % 40,
             lookups: 40,
             saved: (i % 4 != 3).then_some(60 * i),
@@ -1312,7 +1313,7 @@ mod tests {
     #[test]
     fn the_log_has_the_hit_rates_as_bars_and_what_the_runs_saved_together() {
         let run = |ago: u64, hits, saved| RunStats {
-            ended: NOW - ago,
+            ended: NOW - Duration::from_secs(ago),
             hits,
             lookups: 40,
             saved,
@@ -1346,7 +1347,7 @@ mod tests {
     #[test]
     fn what_an_index_says_of_earlier_runs_is_shown_whatever_it_says() {
         let wild = |ended| RunStats {
-            ended,
+            ended: Timestamp::from_seconds(ended),
             hits: u64::MAX,
             lookups: 1,
             saved: Some(u64::MAX),
