@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 /// A time in milliseconds since 1970, which is also its form in JSON. Sums and differences stop at
 /// the ends of its range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Timestamp(u64);
 
@@ -42,6 +44,11 @@ impl Timestamp {
     /// The whole seconds since 1970.
     pub const fn seconds(self) -> u64 {
         self.0 / 1000
+    }
+
+    /// The same without a part of a second, as the packs' indexes have times.
+    pub const fn whole_seconds(self) -> Self {
+        Self::from_seconds(self.seconds())
     }
 
     /// How long it is after `earlier`; nothing if it is before.
@@ -89,6 +96,7 @@ mod tests {
     fn a_time_has_seconds_and_milliseconds_and_is_written_in_these() {
         let time = Timestamp::from_seconds(2) + Duration::from_micros(345_678);
         assert_eq!((time.seconds(), time.milliseconds()), (2, 2345));
+        assert_eq!(time.whole_seconds(), Timestamp::from_seconds(2));
         assert_eq!(time.since(Timestamp::from_seconds(2)).as_millis(), 345);
         assert_eq!(
             time - Duration::from_millis(345),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use sccache_action::clock::Timestamp;
 use sccache_action::digest::Digest;
 use sccache_action::packs::index::{
     Index, Lane, Object, ObjectKey, ObjectMap, Pack, RunStats, hours,
@@ -60,7 +61,13 @@ impl Chain {
     }
 
     /// Writes a pack with these objects, as `Relay::write_pack` does.
-    fn write(&mut self, time: u64, new: &[ObjectKey], used: &[ObjectKey], written: &mut Written) {
+    fn write(
+        &mut self,
+        time: Timestamp,
+        new: &[ObjectKey],
+        used: &[ObjectKey],
+        written: &mut Written,
+    ) {
         let hour = hours(time);
         let used: BTreeSet<&ObjectKey> = used.iter().collect();
         for pack in self.index.packs.values_mut() {
@@ -155,11 +162,11 @@ pub fn live(days: u64, mut tell: impl FnMut(u64, Written)) {
     let mut next = BUILD;
     let mut build: Vec<ObjectKey> = (0..BUILD).map(key).collect();
     let mut first = Written::default();
-    main.write(BEGIN, &build, &[], &mut first);
+    main.write(Timestamp::from_seconds(BEGIN), &build, &[], &mut first);
     for day in 0..days {
         let mut written = Written::default();
         for merge in 0..MERGES {
-            let time = BEGIN + day * DAY + merge * DAY / MERGES;
+            let time = Timestamp::from_seconds(BEGIN + day * DAY + merge * DAY / MERGES);
             let fresh: Vec<ObjectKey> = (next..next + NEW).map(key).collect();
             next += NEW;
             // The oldest sources change as often as any.
@@ -173,7 +180,7 @@ pub fn live(days: u64, mut tell: impl FnMut(u64, Written)) {
             let mut own = Chain::new(&format!("refs/pull/{request}/merge"));
             let mut compiled = Vec::new();
             for run in 0..RUNS {
-                let time = BEGIN + day * DAY + run * 3600;
+                let time = Timestamp::from_seconds(BEGIN + day * DAY + run * 3600);
                 let fresh: Vec<ObjectKey> = (next..next + NEW).map(key).collect();
                 next += NEW;
                 compiled.extend_from_slice(&fresh);

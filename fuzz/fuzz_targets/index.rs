@@ -3,6 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use sccache_action::clock::Timestamp;
 use sccache_action::digest::Digest;
 use sccache_action::packs::pack::{self, MAGIC};
 
@@ -27,7 +28,7 @@ fuzz_target!(|bytes: &[u8]| {
             .iter()
             .all(|name| index.packs.contains_key(name))
     );
-    merged.retain(1_800_000_000, 1 << 30);
+    merged.retain(Timestamp::from_seconds(1_800_000_000), 1 << 30);
     assert!(merged.size() <= 1 << 30);
     if let Ok(written) = pack::encode_head(&index, None) {
         let read = pack::read(&written.bytes, "key#00000002").expect("what was written is read");

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use url::Url;
 
 use crate::action::mode::Mode;
+use crate::github;
 use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
 use crate::runner::environment::Environment;
 
@@ -126,7 +127,7 @@ impl Inputs {
         let text = |input| value(environment, input);
         Ok(Self {
             version: parsed(environment, "version")?.unwrap_or(VersionSpec::Tested),
-            token: text("token").map(|token| ApiToken(token.to_owned())),
+            token: text("token").map(token).transpose()?,
             checksum: parsed(environment, "checksum")?,
             install_from: sources(text("install-from").unwrap_or(DEFAULT_SOURCES))?,
             mirror: mirror(text("mirror").unwrap_or(RELEASES_URL))?,
@@ -155,6 +156,19 @@ fn value<'a>(environment: &'a Environment, input: &str) -> Option<&'a str> {
         .get(&variable)
         .map(str::trim)
         .filter(|value| !value.is_empty())
+}
+
+/// A token goes into an HTTP header, and no message shows it.
+fn token(text: &str) -> Result<ApiToken, InputError> {
+    if github::is_token(text) {
+        Ok(ApiToken(text.to_owned()))
+    } else {
+        Err(bad(
+            "token",
+            "***",
+            "a token has no line breaks, blanks or letters beyond ASCII",
+        ))
+    }
 }
 
 fn bad(input: &'static str, value: &str, accepts: impl fmt::Display) -> InputError {
@@ -385,6 +399,17 @@ mod tests {
             assert!(message.contains(&format!("`{value}`")), "{message}");
             assert!(message.contains(accepted), "{message}");
         }
+    }
+
+    #[test]
+    fn a_token_that_no_header_carries_is_an_error_that_does_not_show_it() {
+        let error = Inputs::parse(&with("token", "ghs_one\nghs_two")).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("`token`") && message.contains("line breaks"),
+            "{message}"
+        );
+        assert!(!message.contains("ghs_"), "{message}");
     }
 
     #[test]

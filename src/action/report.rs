@@ -145,11 +145,7 @@ struct FinalState {
 impl FinalState {
     /// The numbers of this run for the next run's summary; `None` if no compile was looked up.
     fn ran(&self, dependencies: u64) -> Option<RunStats> {
-        summary::ran(
-            self.stats.as_ref().ok()?,
-            dependencies,
-            Timestamp::now().seconds(),
-        )
+        summary::ran(self.stats.as_ref().ok()?, dependencies, Timestamp::now())
     }
 }
 
@@ -364,7 +360,7 @@ fn publish(
             .map(|relay| relay.as_ref().map_err(|_| lost.as_str())),
         keeper: final_state.keeper.as_ref(),
         min_hit_rate: options.min_hit_rate,
-        now: Timestamp::now().seconds(),
+        now: Timestamp::now(),
     };
     log.group("sccache statistics", summary::log_text(&report));
     if !final_state.server_log.trim().is_empty() {

@@ -17,6 +17,7 @@ use crate::cache_client::endpoint::Endpoint;
 use crate::cache_client::error::{ApiAnswer, CacheError, Problem, RequestKind, printable, refusal};
 #[cfg(test)]
 use crate::cache_client::in_process::InProcess;
+use crate::clock::Timestamp;
 use crate::format::with_causes;
 use crate::http;
 
@@ -66,8 +67,8 @@ pub(super) struct ClientInner {
     pub(super) read: Duration,
     /// How long content may trickle.
     pub(super) slow: Duration,
-    /// The service's last reported time in seconds since 1970, and when it came.
-    pub(super) clock: Mutex<Option<(u64, Instant)>>,
+    /// The service's last reported time, and when it came.
+    pub(super) clock: Mutex<Option<(Timestamp, Instant)>>,
     /// [`CALL_LIMIT`]; tests shorten it.
     pub(super) call_limit: Duration,
     pub(super) counts: Mutex<RequestCounts>,
@@ -140,7 +141,7 @@ impl ClientInner {
             .and_then(|date| date.duration_since(UNIX_EPOCH).ok());
         if let Some(since) = since {
             let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-            *clock = Some((since.as_secs(), Instant::now()));
+            *clock = Some((Timestamp::UNIX_EPOCH + since, Instant::now()));
         }
     }
 

@@ -35,6 +35,7 @@ pub(crate) use crate::cache_client::in_process::InProcess;
 
 use crate::cache_client::connection::{CALL_LIMIT, ClientInner};
 use crate::cache_client::transfer::UploadSource;
+use crate::clock::Timestamp;
 use crate::http::{self, Timeouts};
 
 /// An entry that a look-up found.
@@ -159,12 +160,11 @@ impl CacheClient {
         })
     }
 
-    /// The time by the service's clock, in seconds since 1970; `None` before the service has sent
-    /// it.
-    pub fn time(&self) -> Option<u64> {
+    /// The time by the service's clock; `None` before the service has sent it.
+    pub fn time(&self) -> Option<Timestamp> {
         let clock = self.shared.clock.lock();
         let (then, at) = (*clock.unwrap_or_else(PoisonError::into_inner))?;
-        Some(then.saturating_add(at.elapsed().as_secs()))
+        Some(then + at.elapsed())
     }
 
     /// The requests to the service so far.

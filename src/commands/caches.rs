@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::clock::Timestamp;
 use crate::format::{pluralize, relative_time, size};
 use crate::github::caches::{ApiError, CacheEntry, Caches, Filter, Repository, RepositoryError};
-use crate::github::{self, API_URL};
+use crate::github::{self, API_URL, ClientError};
 use crate::http::{self, Timeouts};
 use crate::packs::chain::{PREFIX, PackName};
 use crate::packs::index::ObjectKey;
@@ -113,6 +113,15 @@ pub enum CachesError {
         #[source]
         error: io::Error,
     },
+    /// The token cannot be sent.
+    #[error(
+        "the token in GITHUB_TOKEN, GH_TOKEN or the file of --token-file has a line break, a blank or a \
+         letter beyond ASCII"
+    )]
+    Token,
+    /// The API's address is none.
+    #[error("GITHUB_API_URL is `{0}`, but it must be a URL such as {API_URL}")]
+    Url(String),
     /// There is no client for the API.
     #[error("cannot create a client for GitHub's API: {0}")]
     Client(String),
@@ -182,12 +191,12 @@ pub struct Selected {
 }
 
 /// The entries that `options` ask to delete, in the order of `entries`. `gone` are the refs that no
-/// longer exist, `now` is the time in seconds since 1970.
+/// longer exist, `now` is the time.
 pub fn select(
     entries: &[CacheEntry],
     options: &PruneOptions,
     gone: &BTreeSet<String>,
-    now: u64,
+    now: Timestamp,
 ) -> Vec<Selected> {
     let reason = |entry: &CacheEntry| {
         if !options.key.is_empty() {
@@ -207,7 +216,7 @@ pub fn select(
         if options.merged && reference.is_some_and(|reference| gone.contains(reference)) {
             return Some("its ref no longer exists");
         }
-        let unused = Duration::from_secs(now.saturating_sub(entry.used));
+        let unused = now.since(entry.used);
         match options.unused {
             Some(limit) => (unused >= limit).then_some("unused for too long"),
             None if options.merged => None,
@@ -233,7 +242,7 @@ fn refs_to_ask_for(entries: &[CacheEntry], options: &PruneOptions) -> BTreeSet<S
         merged: false,
         ..options.clone()
     };
-    select(entries, &any, &BTreeSet::new(), 0)
+    select(entries, &any, &BTreeSet::new(), Timestamp::UNIX_EPOCH)
         .into_iter()
         .filter_map(|chosen| chosen.entry.reference)
         .collect()
@@ -244,9 +253,9 @@ fn total(entries: &[CacheEntry]) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
-/// The entries as a table, with their sum. `now` is in seconds since 1970.
-pub fn table(entries: &[CacheEntry], now: u64) -> String {
-    let since = |then: u64| relative_time(Duration::from_secs(now.saturating_sub(then)));
+/// The entries as a table, with their sum.
+pub fn table(entries: &[CacheEntry], now: Timestamp) -> String {
+    let since = |then: Timestamp| relative_time(now.since(then));
     let mut rows = vec![["KEY", "REF", "SIZE", "AGE", "LAST USED"].map(str::to_owned)];
     rows.extend(entries.iter().map(|entry| {
         [
@@ -290,11 +299,12 @@ fn printable(text: &str) -> String {
     text.chars().map(plain).collect()
 }
 
-fn time(seconds: u64) -> String {
-    let time = UNIX_EPOCH
-        .checked_add(Duration::from_secs(seconds))
-        .unwrap_or(UNIX_EPOCH);
-    humantime::format_rfc3339_seconds(time).to_string()
+/// The last time that RFC 3339 can write, in the year 9999.
+const LAST_WRITABLE: Timestamp = Timestamp::from_seconds(253_402_300_799);
+
+fn rfc3339(time: Timestamp) -> String {
+    let since_1970 = time.min(LAST_WRITABLE).since(Timestamp::UNIX_EPOCH);
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + since_1970).to_string()
 }
 
 /// An entry in JSON: `id`, `key`, `ref`, `kind` (`pack`, `object`, `other`), `size` in bytes,
@@ -307,8 +317,8 @@ fn entry_json(entry: &CacheEntry) -> Value {
         "ref": entry.reference,
         "kind": kind.name(),
         "size": entry.size,
-        "created": time(entry.created),
-        "last_used": time(entry.used),
+        "created": rfc3339(entry.created),
+        "last_used": rfc3339(entry.used),
     });
     if let Kind::Pack(name) = kind {
         value["namespace"] = name.namespace.into();
@@ -356,8 +366,12 @@ impl ApiAccess {
         let client = |error: &dyn std::fmt::Display| CachesError::Client(error.to_string());
         let http = http::build(Timeouts::default()).map_err(|error| client(&error))?;
         let api_url = environment.get("GITHUB_API_URL").unwrap_or(API_URL);
-        let octocrab = github::client(http, api_url, Some(&token))
-            .map_err(|error| CachesError::Client(github::explain(&error)))?;
+        let octocrab =
+            github::client(http, api_url, Some(&token)).map_err(|error| match error {
+                ClientError::Url(url) => CachesError::Url(url),
+                ClientError::Token => CachesError::Token,
+                error @ ClientError::Octocrab(_) => client(&error),
+            })?;
         Ok((repository.clone(), Caches::new(octocrab, repository)))
     }
 }
@@ -387,7 +401,7 @@ pub async fn list(environment: &Environment, options: &ListOptions) -> Result<St
     Ok(if options.json {
         format!("{:#}\n", list_json(&repository, &entries))
     } else {
-        table(&entries, Timestamp::now().seconds())
+        table(&entries, Timestamp::now())
     })
 }
 
@@ -431,7 +445,7 @@ pub async fn prune(
     } else {
         BTreeSet::new()
     };
-    let now = Timestamp::now().seconds();
+    let now = Timestamp::now();
     let mut seen = BTreeSet::new();
     let mut chosen = select(&entries, options, &gone, now);
     chosen.retain(|chosen| seen.insert(chosen.entry.id));
@@ -494,7 +508,7 @@ impl PruneOutcome<'_> {
         chosen.map(|chosen| chosen.entry.clone()).collect()
     }
 
-    fn text(&self, now: u64) -> String {
+    fn text(&self, now: Timestamp) -> String {
         if self.chosen.is_empty() {
             return "There is nothing to delete.\n".to_owned();
         }
@@ -535,7 +549,7 @@ mod tests {
     use crate::packs::chain::EntryKeys;
 
     const DAY: u64 = 86_400;
-    const NOW: u64 = 1_000 * DAY;
+    const NOW: Timestamp = Timestamp::from_seconds(1_000 * DAY);
 
     fn entry(id: i64, key: &str, reference: &str, days_unused: u64) -> CacheEntry {
         CacheEntry {
@@ -543,8 +557,8 @@ mod tests {
             key: key.to_owned(),
             reference: Some(reference.to_owned()),
             size: 1_000,
-            created: NOW - 20 * DAY,
-            used: NOW - days_unused * DAY,
+            created: NOW - Duration::from_secs(20 * DAY),
+            used: NOW - Duration::from_secs(days_unused * DAY),
         }
     }
 
@@ -645,6 +659,12 @@ mod tests {
         );
         assert_eq!(lines[4], "2 entries, 2.0 kB");
         assert!(!table(&[entry(1, "a\u{1b}[2Jb", "r", 0)], NOW).contains('\u{1b}'));
+    }
+
+    #[test]
+    fn a_time_that_rfc_3339_cannot_write_is_the_last_that_it_can() {
+        assert_eq!(rfc3339(NOW), "1972-09-27T00:00:00Z");
+        assert_eq!(rfc3339(Timestamp::MAX), "9999-12-31T23:59:59Z");
     }
 
     proptest! {

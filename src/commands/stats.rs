@@ -111,7 +111,7 @@ pub async fn run(
         relay: None,
         keeper: None,
         min_hit_rate: None,
-        now: Timestamp::now().seconds(),
+        now: Timestamp::now(),
     };
     Ok(match format {
         OutputFormat::Table => format!("{}\n", summary::log_text(&report)),
@@ -236,7 +236,7 @@ mod tests {
                 relay: None,
                 keeper: None,
                 min_hit_rate: None,
-                now: 0,
+                now: Timestamp::UNIX_EPOCH,
             };
             let text = format!("{:#}\n", json(&report, &stats));
             let path = folder().join("summary").join(format!("{version}.json"));

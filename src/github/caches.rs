@@ -12,6 +12,7 @@ use reqwest::StatusCode;
 use serde::Deserialize;
 use url::Url;
 
+use crate::clock::Timestamp;
 use crate::github::explain;
 use crate::http;
 
@@ -82,22 +83,23 @@ pub struct CacheEntry {
     pub reference: Option<String>,
     /// Its length in bytes.
     pub size: u64,
-    /// When it was stored, in seconds since 1970.
-    pub created: u64,
-    /// When it was last read, in seconds since 1970.
-    pub used: u64,
+    /// When it was stored.
+    pub created: Timestamp,
+    /// When it was last read.
+    pub used: Timestamp,
 }
 
 impl From<ActionsCacheItem> for CacheEntry {
     fn from(item: ActionsCacheItem) -> Self {
-        let seconds = |seconds: i64| u64::try_from(seconds).unwrap_or(0);
+        let positive = |number: i64| u64::try_from(number).unwrap_or(0);
+        let time = |seconds: i64| Timestamp::from_seconds(positive(seconds));
         Self {
             id: item.id,
             key: item.key,
             reference: item.r#ref,
-            size: seconds(item.size_in_bytes),
-            created: seconds(item.created_at.timestamp()),
-            used: seconds(item.last_accessed_at.timestamp()),
+            size: positive(item.size_in_bytes),
+            created: time(item.created_at.timestamp()),
+            used: time(item.last_accessed_at.timestamp()),
         }
     }
 }

@@ -5,6 +5,7 @@ pub mod caches;
 use octocrab::Octocrab;
 use octocrab::models::repos::Release;
 use semver::Version;
+use url::Url;
 
 use crate::format::with_causes;
 
@@ -15,20 +16,47 @@ pub const API_URL: &str = "https://api.github.com";
 /// ten years.
 const PAGES: u32 = 3;
 
-/// A client of the API at `api_url`. A `token` goes to that host only.
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The API's address is none.
+    #[error("`{0}` is not the URL of an API, such as {API_URL}")]
+    Url(String),
+    /// The token cannot be sent.
+    #[error("the token has a line break, a blank or a letter beyond ASCII")]
+    Token,
+    /// Octocrab's own reason.
+    #[error("{}", explain(.0))]
+    Octocrab(#[from] octocrab::Error),
+}
+
+/// Whether an HTTP header can carry `text` as a token.
+pub fn is_token(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+/// A client of the API at `api_url`. A `token` goes to that host only. Octocrab itself panics on a URL or
+/// a token that HTTP does not allow.
 ///
 /// # Errors
-/// Fails if `api_url` is no URL.
+/// [`ClientError`] if `api_url` is no URL or `token` no token.
 pub fn client(
     http: reqwest::Client,
     api_url: &str,
     token: Option<&str>,
-) -> Result<Octocrab, octocrab::Error> {
+) -> Result<Octocrab, ClientError> {
+    let url = Url::parse(api_url).ok();
+    if !url.is_some_and(|url| ["http", "https"].contains(&url.scheme()) && url.has_host()) {
+        return Err(ClientError::Url(api_url.to_owned()));
+    }
     let mut builder = Octocrab::builder().base_uri(api_url)?;
     if let Some(token) = token {
+        if !is_token(token) {
+            return Err(ClientError::Token);
+        }
         builder = builder.personal_token(token.to_owned());
     }
-    builder.build_with_reqwest(http)
+    Ok(builder.build_with_reqwest(http)?)
 }
 
 /// The version of the latest release of `owner/repository`.
@@ -86,5 +114,30 @@ pub fn explain(error: &octocrab::Error) -> String {
             format!("{} ({})", source.message, source.status_code)
         }
         other => with_causes(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::{self, Timeouts};
+
+    fn refused(api_url: &str, token: Option<&str>) -> Option<ClientError> {
+        let http = http::build(Timeouts::default()).unwrap();
+        client(http, api_url, token).err()
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_none_and_a_token_that_no_header_carries_are_errors() {
+        for url in ["gopher", "", "ftp://host/", "https://", "/api"] {
+            let error = refused(url, None);
+            assert!(matches!(error, Some(ClientError::Url(_))), "{url}");
+        }
+        for token in ["", "x\ny", "x y", "t\u{f6}ken", "x\0"] {
+            let error = refused(API_URL, Some(token));
+            assert!(matches!(error, Some(ClientError::Token)), "{token:?}");
+        }
+        assert!(refused(API_URL, Some("ghs_0aZ")).is_none());
+        assert!(refused("http://127.0.0.1:1/api/v3", None).is_none());
     }
 }

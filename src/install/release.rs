@@ -239,8 +239,9 @@ pub async fn resolve(
         return Ok(version.clone());
     }
     let no_version = || ReleaseError::NoVersion(spec.to_string());
+    let client = github::client(http.clone(), api_url, token)
+        .map_err(|error| ReleaseError::Api(error.to_string()))?;
     let ask = || async {
-        let client = github::client(http.clone(), api_url, token)?;
         match spec {
             VersionSpec::Latest => github::latest_release(&client, OWNER, REPOSITORY).await,
             _ => {

@@ -29,6 +29,7 @@ use futures_util::TryStreamExt;
 use crate::cache_client::{
     CacheClient, CacheError, Download, FoundEntry, Reservation, UploadHandle,
 };
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::packs::index::{Index, UNMERGED_LIFETIME};
 use crate::packs::pack::{Base, HEADER_LENGTH, Head, Header, PackError, StoredIndex};
@@ -37,9 +38,9 @@ use crate::packs::walk::{Lookup, Walk};
 /// How much of an entry is read at first, in bytes: more than most indexes have.
 const FIRST_READ: u64 = 256 * 1024;
 
-/// For how long, in seconds, a job relies on knowing the newest entry. GitHub evicts nothing that is so
+/// For how long a job relies on knowing the newest entry. GitHub evicts nothing that is so
 /// young.
-const NEWEST_LIFETIME: u64 = 30;
+const NEWEST_LIFETIME: Duration = Duration::from_secs(30);
 
 /// How long reading the index of one entry may take.
 const INDEX_WAIT: Duration = Duration::from_secs(60);
@@ -240,8 +241,8 @@ pub struct ChainState {
     pub unreadable: Option<String>,
     /// Whether anything may be read.
     reads: bool,
-    /// When the service last said which entry is the newest, in seconds since 1970.
-    newest_known_at: Option<u64>,
+    /// When the service last said which entry is the newest.
+    newest_known_at: Option<Timestamp>,
     budget: IndexBudget,
 }
 
@@ -279,12 +280,16 @@ impl ChainState {
         }
     }
 
-    /// Reads what other jobs wrote since. `now` is in seconds since 1970.
+    /// Reads what other jobs wrote since.
     ///
     /// # Errors
     /// [`CacheError`] if the service does not answer. Entries that are gone or damaged are no error: their
     /// objects are not found.
-    pub async fn refresh(&mut self, client: &CacheClient, now: u64) -> Result<(), CacheError> {
+    pub async fn refresh(
+        &mut self,
+        client: &CacheClient,
+        now: Timestamp,
+    ) -> Result<(), CacheError> {
         if !self.reads {
             return Ok(());
         }
@@ -292,7 +297,11 @@ impl ChainState {
         self.continue_walk(client, now).await
     }
 
-    async fn continue_walk(&mut self, client: &CacheClient, now: u64) -> Result<(), CacheError> {
+    async fn continue_walk(
+        &mut self,
+        client: &CacheClient,
+        now: Timestamp,
+    ) -> Result<(), CacheError> {
         while let Some(lookup) = self.walk.next_lookup() {
             let found = self.look_up(client, &lookup, now).await?;
             if lookup == Lookup::Newest {
@@ -313,7 +322,7 @@ impl ChainState {
         &mut self,
         client: &CacheClient,
         lookup: &Lookup,
-        now: u64,
+        now: Timestamp,
     ) -> Result<Option<FoundEntry>, CacheError> {
         match lookup {
             Lookup::Newest => self.look_up_newest(client, now).await,
@@ -332,7 +341,7 @@ impl ChainState {
     async fn look_up_newest(
         &mut self,
         client: &CacheClient,
-        now: u64,
+        now: Timestamp,
     ) -> Result<Option<FoundEntry>, CacheError> {
         let prefix = self.keys.prefix.clone();
         let newest = find_newest(client, &prefix).await?;
@@ -367,7 +376,7 @@ impl ChainState {
         client: &CacheClient,
         number: u64,
         found: FoundEntry,
-        now: u64,
+        now: Timestamp,
     ) -> Result<(), CacheError> {
         match read_index(client, &found, &self.budget).await {
             Ok((stored, data)) => {
@@ -403,7 +412,7 @@ impl ChainState {
         number: u64,
         key: &str,
         stored: StoredIndex,
-        now: u64,
+        now: Timestamp,
     ) -> Result<(), CacheError> {
         let (base, of_base) = match &stored.base {
             None => (None, None),
@@ -496,20 +505,20 @@ impl ChainState {
     /// Whether other jobs may have used the next known number and the service may have evicted their entry
     /// since. The service would grant that number again, and an entry under it, the newest of all, would
     /// know of none behind it.
-    fn is_behind(&self, now: u64) -> bool {
+    fn is_behind(&self, now: Timestamp) -> bool {
         let known_at = self.newest_known_at;
-        self.reads && known_at.is_none_or(|known_at| now.saturating_sub(known_at) > NEWEST_LIFETIME)
+        self.reads && known_at.is_none_or(|known_at| now.since(known_at) > NEWEST_LIFETIME)
     }
 
     /// Reserves the next number of the row, or one apart if the job may not read or the row is at its end.
-    /// `now` is in seconds since 1970.
+    ///
     ///
     /// # Errors
     /// [`CacheError`] if the service grants no number, or does not say which entry is the newest.
     pub async fn reserve(
         &mut self,
         client: &CacheClient,
-        now: u64,
+        now: Timestamp,
     ) -> Result<(String, UploadHandle), CacheError> {
         if self.is_behind(now) {
             // The entry that is written now names what cannot be read here.
@@ -555,14 +564,13 @@ impl ChainState {
     }
 
     /// Drops what nobody has used for long, as [`Index::retain`] does.
-    pub fn retain(&mut self, now: u64, limit: u64) {
+    pub fn retain(&mut self, now: Timestamp, limit: u64) {
         self.index.retain(now, limit);
-        self.walk
-            .drop_unmerged_before(now.saturating_sub(UNMERGED_LIFETIME));
+        self.walk.drop_unmerged_before(now - UNMERGED_LIFETIME);
     }
 
     /// The keys that an entry written now has to name, with when they became known.
-    pub fn unmerged(&self) -> BTreeMap<String, u64> {
+    pub fn unmerged(&self) -> BTreeMap<String, Timestamp> {
         let unmerged = self.walk.unmerged().iter();
         unmerged
             .map(|(number, since)| (self.keys.key(*number), *since))

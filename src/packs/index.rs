@@ -8,18 +8,20 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 
 /// How long, in hours, an unused object stays in an index: as long as GitHub keeps an entry that nobody
 /// reads (its documentation of dependency caching: seven days).
 pub const LIFETIME: u32 = 7 * 24;
 
-/// For how long, in seconds, jobs look up an entry again that exists and could not be read. Its writer may
+/// For how long jobs look up an entry again that exists and could not be read. Its writer may
 /// still be uploading it; a writer that was killed will never finish it.
-pub const UNMERGED_LIFETIME: u64 = 24 * 60 * 60;
+pub const UNMERGED_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The largest object that the store takes, in bytes: a library of that size costs more to move than to
 /// compile.
@@ -305,8 +307,8 @@ impl Bundle {
 /// A pack: one immutable cache entry with the content of many objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pack {
-    /// When it was written, in seconds since 1970.
-    pub created: u64,
+    /// When it was written, in whole seconds.
+    pub created: Timestamp,
     /// The offset of its data in the cache entry, in bytes.
     pub data_start: u64,
     /// The length of its data in bytes.
@@ -320,7 +322,7 @@ pub struct Pack {
 impl Pack {
     /// Tells this pack from another one of the same name: the service may give the key of an evicted entry
     /// to another job.
-    pub(super) fn identity(&self) -> (u64, u64, u64) {
+    pub(super) fn identity(&self) -> (Timestamp, u64, u64) {
         (self.created, self.data_start, self.data_length)
     }
 
@@ -377,8 +379,8 @@ impl Pack {
 /// The last runs of a job (the same workflow, job and matrix entry).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Lane {
-    /// When the last run began, in seconds since 1970.
-    pub run: u64,
+    /// When the last run began, in whole seconds.
+    pub run: Timestamp,
     /// The packs that it used.
     pub packs: BTreeSet<String>,
     /// The results of the last runs that reported any. They are in the index since that takes least: about
@@ -446,13 +448,13 @@ impl Runs {
 
     /// Adds the runs of `other` that ended before the first of these.
     pub fn extend_backwards(&mut self, other: &Self) {
-        let first = self.0.first().map_or(u64::MAX, |run| run.ended);
+        let first = self.0.first().map_or(Timestamp::MAX, |run| run.ended);
         let before = other.iter().filter(|run| run.ended < first);
         *self = self.iter().chain(before).copied().collect();
     }
 
-    /// Lowers each later end to `now`, in seconds since 1970.
-    fn clamp_times(&mut self, now: u64) {
+    /// Lowers each later end to `now`.
+    fn clamp_times(&mut self, now: Timestamp) {
         if self.last().is_some_and(|run| run.ended > now) {
             let runs = self.iter().map(|run| RunStats {
                 ended: run.ended.min(now),
@@ -466,8 +468,8 @@ impl Runs {
 /// The results of a run, as its own summary gave them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RunStats {
-    /// When it ended, in seconds since 1970.
-    pub ended: u64,
+    /// When it ended, in whole seconds.
+    pub ended: Timestamp,
     /// Compiles that came from the cache.
     pub hits: u64,
     /// Compiles that were looked up there.
@@ -493,8 +495,8 @@ pub struct Index {
     /// The lanes by their numbers.
     pub lanes: BTreeMap<u64, Lane>,
     /// Keys of entries that are known to exist and whose index is not in this one, with when that
-    /// became known, in seconds since 1970.
-    pub unmerged: BTreeMap<String, u64>,
+    /// became known, in whole seconds.
+    pub unmerged: BTreeMap<String, Timestamp>,
 }
 
 impl Index {
@@ -524,9 +526,9 @@ impl Index {
         }
     }
 
-    /// Lowers each later time to `now`, in seconds since 1970. The writer's clock may have been wrong, and
+    /// Lowers each later time to `now`. The writer's clock may have been wrong, and
     /// an object used in a hundred years would never be dropped.
-    pub fn clamp_times(&mut self, now: u64) {
+    pub fn clamp_times(&mut self, now: Timestamp) {
         let hour = hours(now);
         for pack in self.packs.values_mut() {
             pack.created = pack.created.min(now);
@@ -579,8 +581,8 @@ impl Index {
     }
 
     /// Drops objects that nobody has used for [`LIFETIME`], and then the packs that were used the longest
-    /// ago until all packs together have at most `limit` bytes. `now` is in seconds since 1970.
-    pub fn retain(&mut self, now: u64, limit: u64) {
+    /// ago until all packs together have at most `limit` bytes.
+    pub fn retain(&mut self, now: Timestamp, limit: u64) {
         let oldest = hours(now).saturating_sub(LIFETIME);
         for pack in self.packs.values_mut() {
             pack.objects.retain(|object| object.used >= oldest);
@@ -592,7 +594,7 @@ impl Index {
         }
         self.packs.retain(|_, pack| !pack.is_empty());
         let mut size = self.size();
-        let mut by_use: Vec<(u32, u64, String)> = self
+        let mut by_use: Vec<(u32, Timestamp, String)> = self
             .packs
             .iter()
             .map(|(name, pack)| (pack.used(), pack.created, name.clone()))
@@ -608,7 +610,7 @@ impl Index {
         }
         self.lanes.retain(|_, lane| hours(lane.run) >= oldest);
         self.unmerged
-            .retain(|_, since| since.saturating_add(UNMERGED_LIFETIME) >= now);
+            .retain(|_, since| *since + UNMERGED_LIFETIME >= now);
     }
 
     /// The packs to move to a new pack: more than half of the pack is dead (dropped, or also in a newer
@@ -642,9 +644,9 @@ impl Index {
     }
 }
 
-/// A time in seconds since 1970 in whole hours.
-pub fn hours(seconds: u64) -> u32 {
-    u32::try_from(seconds / 3600).unwrap_or(u32::MAX)
+/// The whole hours since 1970 at that time.
+pub fn hours(time: Timestamp) -> u32 {
+    u32::try_from(time.seconds() / 3600).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -672,7 +674,7 @@ pub(crate) mod tests {
             .map(|(byte, object)| (key(*byte), *object))
             .collect();
         Pack {
-            created,
+            created: Timestamp::from_seconds(created),
             data_start: 100,
             data_length: objects.values().map(|object| object.length).sum(),
             bundle: None,
@@ -692,26 +694,26 @@ pub(crate) mod tests {
 
     #[test]
     fn no_time_is_later_than_the_reader_says_it_is() {
-        let now = 1_000_000_000;
+        let now = Timestamp::from_seconds(1_000_000_000);
         let mut one = index(&[("a", pack(u64::MAX, &[(1, object(0, 9, u32::MAX))]))]);
         let run = RunStats {
-            ended: u64::MAX,
+            ended: Timestamp::MAX,
             ..RunStats::default()
         };
         let lane = Lane {
-            run: u64::MAX,
+            run: Timestamp::MAX,
             packs: BTreeSet::new(),
             runs: [run].into_iter().collect(),
         };
         one.lanes.insert(7, lane);
-        one.unmerged.insert("b".to_owned(), u64::MAX);
+        one.unmerged.insert("b".to_owned(), Timestamp::MAX);
         one.clamp_times(now);
         assert_eq!(one.packs["a"].created, now);
         assert_eq!(one.packs["a"].used(), hours(now));
         assert_eq!((one.lanes[&7].run, one.unmerged["b"]), (now, now));
         assert_eq!(one.lanes[&7].runs.last().map(|run| run.ended), Some(now));
         // So it is dropped when nobody has used it for long.
-        let later = now + u64::from(LIFETIME + 1) * 3600;
+        let later = now + Duration::from_secs(u64::from(LIFETIME + 1) * 3600);
         one.retain(later, u64::MAX);
         assert!(one.packs.is_empty() && one.lanes.is_empty());
         // Earlier times stay as they were.
@@ -762,7 +764,7 @@ pub(crate) mod tests {
             objects,
         )
             .prop_map(|(created, data_start, data_length, bundle, objects)| Pack {
-                created,
+                created: Timestamp::from_seconds(created),
                 data_start,
                 data_length,
                 bundle,
@@ -774,7 +776,7 @@ pub(crate) mod tests {
     fn arbitrary_runs() -> impl Strategy<Value = Runs> {
         let saved = proptest::option::of(0..3u64);
         let run = (0..40u64, 0..3u64, saved).prop_map(|(ended, hits, saved)| RunStats {
-            ended,
+            ended: Timestamp::from_seconds(ended),
             hits,
             lookups: 9,
             saved,
@@ -785,14 +787,18 @@ pub(crate) mod tests {
     pub(crate) fn arbitrary_index() -> impl Strategy<Value = Index> {
         let packs = proptest::collection::btree_set("[ab]", 0..2);
         let lane = (0..9u64, packs, arbitrary_runs()).prop_map(|(run, packs, runs)| Lane {
-            run,
+            run: Timestamp::from_seconds(run),
             packs,
             runs,
         });
         (
             proptest::collection::btree_map("[abc]", arbitrary_pack(), 0..3),
             proptest::collection::btree_map(0..3u64, lane, 0..3),
-            proptest::collection::btree_map("[xy]", 0..9u64, 0..2),
+            proptest::collection::btree_map(
+                "[xy]",
+                (0..9u64).prop_map(Timestamp::from_seconds),
+                0..2,
+            ),
         )
             .prop_map(|(packs, lanes, unmerged)| Index {
                 packs,
@@ -871,12 +877,12 @@ pub(crate) mod tests {
             index in arbitrary_index(), now in 0..4_000_000u64, limit in 0..200u64,
         ) {
             let mut kept = index.clone();
-            kept.retain(now, limit);
+            kept.retain(Timestamp::from_seconds(now), limit);
             prop_assert!(kept.size() <= limit);
             for (name, pack) in &kept.packs {
                 prop_assert!(index.packs[name].objects.len() >= pack.objects.len());
             }
-            let again = { let mut again = kept.clone(); again.retain(now, limit); again };
+            let again = { let mut again = kept.clone(); again.retain(Timestamp::from_seconds(now), limit); again };
             prop_assert_eq!(again, kept);
         }
     }
@@ -903,7 +909,7 @@ pub(crate) mod tests {
 
     #[test]
     fn what_nobody_used_for_a_week_is_dropped_and_what_somebody_used_is_not() {
-        let now = 1_000 * 3600;
+        let now = Timestamp::from_seconds(1_000 * 3600);
         let mut index = index(&[
             ("old", pack(0, &[(1, object(0, 5, 1000 - LIFETIME - 1))])),
             (
@@ -929,7 +935,7 @@ pub(crate) mod tests {
             ("b", pack(2, &[(2, object(0, 50, 800))])),
             ("c", pack(3, &[(3, object(0, 50, 901))])),
         ]);
-        index.retain(902 * 3600, 100);
+        index.retain(Timestamp::from_seconds(902 * 3600), 100);
         assert_eq!(index.packs.keys().collect::<Vec<_>>(), ["a", "c"]);
     }
 

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::packs::index::{
     Bundle, Index, Lane, OBJECT_LIMIT, ObjectKey, ObjectMap, Pack, RUNS_KEPT, RunStats, Runs,
@@ -395,15 +396,15 @@ impl WireHistory {
         history.saved = last.saved;
         let is_known =
             |run: &&RunStats| base.is_some_and(|base| base.iter().any(|known| known == *run));
-        let mut end = last.ended;
+        let mut end = last.ended.seconds();
         for run in latest_first.filter(|run| !is_known(run)) {
             history.earlier.push(WireRun {
-                before: end.saturating_sub(run.ended),
+                before: end.saturating_sub(run.ended.seconds()),
                 hits: run.hits,
                 lookups: run.lookups,
                 saved: run.saved,
             });
-            end = run.ended;
+            end = run.ended.seconds();
         }
         history
     }
@@ -415,7 +416,7 @@ impl WireHistory {
         };
         let mut ended = last.ended;
         let last = RunStats {
-            ended,
+            ended: Timestamp::from_seconds(ended),
             hits: last.hits,
             lookups: last.lookups,
             saved: self.saved,
@@ -423,7 +424,7 @@ impl WireHistory {
         let earlier = self.earlier.into_iter().take(RUNS_KEPT).map(|run| {
             ended = ended.saturating_sub(run.before);
             RunStats {
-                ended,
+                ended: Timestamp::from_seconds(ended),
                 hits: run.hits,
                 lookups: run.lookups,
                 saved: run.saved,
@@ -445,7 +446,7 @@ impl WireIndex {
                 let before = of_base.and_then(|base| base.packs.get(name));
                 let same = before.and_then(|before| uses_since(before, pack));
                 let whole = || WirePack::Whole {
-                    created: pack.created,
+                    created: pack.created.seconds(),
                     data_start: pack.data_start,
                     data_length: pack.data_length,
                     bundle: pack.bundle.clone(),
@@ -460,10 +461,10 @@ impl WireIndex {
         let lanes = changed
             .map(|(number, lane)| WireLane {
                 number: *number,
-                run: lane.run,
+                run: lane.run.seconds(),
                 packs: lane.packs.iter().map(|name| prefixes.name(name)).collect(),
                 last: lane.runs.last().map(|run| WireLast {
-                    ended: run.ended,
+                    ended: run.ended.seconds(),
                     hits: run.hits,
                     lookups: run.lookups,
                 }),
@@ -472,7 +473,7 @@ impl WireIndex {
         let unmerged = index
             .unmerged
             .iter()
-            .map(|(name, since)| (prefixes.name(name), *since))
+            .map(|(name, since)| (prefixes.name(name), since.seconds()))
             .collect();
         Self {
             prefixes: prefixes.0,
@@ -522,7 +523,7 @@ impl WireIndex {
                     objects,
                 } => {
                     let pack = Pack {
-                        created,
+                        created: Timestamp::from_seconds(created),
                         data_start,
                         data_length,
                         bundle,
@@ -537,7 +538,7 @@ impl WireIndex {
             let history = histories.next().unwrap_or_default();
             let packs = lane.packs.iter().map(|name| name_of(prefixes, *name));
             let read = Lane {
-                run: lane.run,
+                run: Timestamp::from_seconds(lane.run),
                 packs: packs.collect::<Option<_>>()?,
                 runs: history.runs(lane.last),
             };
@@ -545,7 +546,10 @@ impl WireIndex {
         }
         for (name, since) in self.unmerged {
             let name = name_of(prefixes, name)?;
-            stored.index.unmerged.insert(name, since);
+            stored
+                .index
+                .unmerged
+                .insert(name, Timestamp::from_seconds(since));
         }
         Some(stored)
     }
@@ -649,13 +653,15 @@ mod tests {
     fn example() -> Index {
         let mut index = Index::default();
         let pack = Pack {
-            created: 5,
+            created: Timestamp::from_seconds(5),
             data_length: 30,
             objects: [(key(1), object(10, 20, 3))].into(),
             ..Pack::default()
         };
         index.packs.insert(OWN.to_owned(), pack);
-        index.unmerged.insert("other".to_owned(), 7);
+        index
+            .unmerged
+            .insert("other".to_owned(), Timestamp::from_seconds(7));
         index
     }
 
@@ -666,7 +672,7 @@ mod tests {
         let pack = &index.packs["key#1"];
         assert_eq!(pack.data_start, bytes.len() as u64);
         assert_eq!(pack.objects[&key(1)].offset, 10);
-        assert_eq!(index.unmerged["other"], 7);
+        assert_eq!(index.unmerged["other"], Timestamp::from_seconds(7));
         assert_eq!(index.packs.len(), 1);
     }
 
@@ -770,7 +776,7 @@ mod tests {
 
     fn runs(count: u64) -> Runs {
         let runs = (0..count).map(|i| RunStats {
-            ended: 1_800_000_000 + i * 3_600,
+            ended: Timestamp::from_seconds(1_800_000_000 + i * 3_600),
             hits: 1_000 + i,
             lookups: 1_200,
             saved: (i % 3 > 0).then_some(600 + i),
@@ -781,7 +787,7 @@ mod tests {
     fn index_of_lane(runs: Runs) -> Index {
         let mut index = Index::default();
         let lane = Lane {
-            run: 50,
+            run: Timestamp::from_seconds(50),
             packs: std::collections::BTreeSet::new(),
             runs,
         };
@@ -794,7 +800,7 @@ mod tests {
         // No prefixes, no base, no packs, one lane: 7, run 50, no packs, last run 40, 3, 9; none unmerged.
         let bytes = disguised(&[0, 0, 0, 1, 7, 50, 0, 1, 40, 3, 9, 0]);
         let run = RunStats {
-            ended: 40,
+            ended: Timestamp::from_seconds(40),
             hits: 3,
             lookups: 9,
             saved: None,
@@ -839,7 +845,11 @@ mod tests {
         index.extend([1, 0, 100]);
         index.extend([3, 200, 1, 9, 0].repeat(100));
         let read = read(&disguised(&index), "k").unwrap().index;
-        let ends: Vec<u64> = read.lanes[&7].runs.iter().map(|run| run.ended).collect();
+        let ends: Vec<u64> = read.lanes[&7]
+            .runs
+            .iter()
+            .map(|run| run.ended.seconds())
+            .collect();
         assert_eq!(ends, [0, 2, 5]);
         assert_eq!(
             read.lanes[&7].runs.iter().next().unwrap().hit_rate(),
@@ -862,7 +872,7 @@ mod tests {
             });
             let objects: ObjectMap = objects.collect();
             let pack = Pack {
-                created: number,
+                created: Timestamp::from_seconds(number),
                 data_length: objects.len() as u64 * 10,
                 objects,
                 ..Pack::default()

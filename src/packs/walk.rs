@@ -11,6 +11,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::clock::Timestamp;
+
 /// How many numbers one look-up has: a key and nine restore keys, which is what GitHub takes.
 pub const NUMBERS_AT_ONCE: u64 = 10;
 
@@ -68,7 +70,7 @@ pub struct Walk {
     /// The numbers whose entries were read.
     merged: BTreeSet<u64>,
     /// Numbers that are taken and whose entries were not read, with when that became known.
-    unmerged: BTreeMap<u64, u64>,
+    unmerged: BTreeMap<u64, Timestamp>,
     stage: WalkStage,
     /// The greatest number that was known before the look-up that found the entry to be read.
     known_before: u64,
@@ -90,7 +92,7 @@ impl Walk {
 
     /// The numbers that are taken and whose entries were not read, with when that became known, in
     /// seconds since 1970. An entry that is written now has to name them.
-    pub fn unmerged(&self) -> &BTreeMap<u64, u64> {
+    pub fn unmerged(&self) -> &BTreeMap<u64, Timestamp> {
         &self.unmerged
     }
 
@@ -137,8 +139,13 @@ impl Walk {
 
     /// Takes the answer to `lookup`, as [`Walk::next_lookup`] gave it: the number that was found. Returns
     /// the number whose entry is to be read now; [`Walk::mark_read`] or [`Walk::mark_unreadable`] must
-    /// follow. `now` is in seconds since 1970.
-    pub fn record_answer(&mut self, lookup: &Lookup, found: Option<u64>, now: u64) -> Option<u64> {
+    /// follow.
+    pub fn record_answer(
+        &mut self,
+        lookup: &Lookup,
+        found: Option<u64>,
+        now: Timestamp,
+    ) -> Option<u64> {
         self.lookups += 1;
         self.known_before = self.newest;
         let asked = match lookup {
@@ -185,7 +192,12 @@ impl Walk {
 
     /// Notes that the entry `number`, which was read just now, is the difference to a full index that is
     /// gone. It lists `packs` without their objects.
-    pub fn mark_base_lost(&mut self, number: u64, packs: impl IntoIterator<Item = u64>, now: u64) {
+    pub fn mark_base_lost(
+        &mut self,
+        number: u64,
+        packs: impl IntoIterator<Item = u64>,
+        now: Timestamp,
+    ) {
         // The later entry has or names all that an earlier one lists, but for what was dropped since.
         if self.merged.last() != Some(&number) {
             return;
@@ -204,7 +216,7 @@ impl Walk {
 
     /// Notes that the entry `number` was read. It names `others` that its writer had not read, with when
     /// they became known.
-    pub fn mark_read(&mut self, number: u64, others: impl IntoIterator<Item = (u64, u64)>) {
+    pub fn mark_read(&mut self, number: u64, others: impl IntoIterator<Item = (u64, Timestamp)>) {
         self.reads += 1;
         self.mark_merged(number);
         for (other, since) in others {
@@ -219,7 +231,7 @@ impl Walk {
 
     /// Notes that the entry `number` was found and could not be read: it was evicted meanwhile, or is
     /// damaged.
-    pub fn mark_unreadable(&mut self, number: u64, now: u64) {
+    pub fn mark_unreadable(&mut self, number: u64, now: Timestamp) {
         self.reads += 1;
         self.tried.insert(number);
         self.mark_unmerged(number, now);
@@ -235,7 +247,7 @@ impl Walk {
     }
 
     /// Notes a number as taken and not read, so that later ones still lead to it.
-    fn mark_unmerged(&mut self, number: u64, since: u64) {
+    fn mark_unmerged(&mut self, number: u64, since: Timestamp) {
         if !self.merged.contains(&number) {
             let noted = self.unmerged.entry(number).or_insert(since);
             *noted = since.min(*noted);
@@ -248,7 +260,7 @@ impl Walk {
     }
 
     /// Forgets the numbers that became known before `oldest` and never had an entry to be read.
-    pub fn drop_unmerged_before(&mut self, oldest: u64) {
+    pub fn drop_unmerged_before(&mut self, oldest: Timestamp) {
         self.unmerged.retain(|_, since| *since >= oldest);
     }
 
@@ -264,7 +276,7 @@ impl Walk {
     }
 
     /// Notes that `number` is taken. At some of these refusals a new walk starts.
-    pub fn mark_refused(&mut self, number: u64, now: u64) {
+    pub fn mark_refused(&mut self, number: u64, now: Timestamp) {
         self.newest = self.newest.max(number);
         self.mark_unmerged(number, now);
         // At the first refusal, since there may be a whole chain to read; then seldom, since a job that
@@ -295,6 +307,10 @@ mod tests {
 
     use super::*;
 
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_seconds(seconds)
+    }
+
     /// Jobs that end in the same second. `steps` says whose turn it is; a job whose turn it is looks up,
     /// reserves, or commits. Returns the greatest number of look-ups and of refusals that a job had.
     fn together(jobs: usize, steps: &mut dyn FnMut(usize) -> usize) -> (usize, usize) {
@@ -302,7 +318,7 @@ mod tests {
         let mut lookups = vec![0; jobs];
         let mut refusals = vec![0; jobs];
         let mut reserved: Vec<usize> = Vec::new();
-        let mut entries: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
+        let mut entries: BTreeMap<u64, Vec<(u64, Timestamp)>> = BTreeMap::new();
         let mut left: Vec<usize> = (0..jobs).collect();
         while !left.is_empty() {
             let turn = steps(left.len()) % left.len();
@@ -324,14 +340,14 @@ mod tests {
                         numbers.iter().find(|n| entries.contains_key(n)).copied()
                     }
                 };
-                if let Some(number) = walk.record_answer(&lookup, found, 0) {
+                if let Some(number) = walk.record_answer(&lookup, found, at(0)) {
                     walk.mark_read(number, entries[&number].iter().copied());
                 }
             } else {
                 let number = walk.next_number().unwrap();
                 if reserved.len() as u64 >= number {
                     refusals[job] += 1;
-                    walk.mark_refused(number, 0);
+                    walk.mark_refused(number, at(0));
                 } else {
                     walk.mark_granted(number);
                     reserved.push(job);
@@ -376,28 +392,28 @@ mod tests {
         walk.start();
         let newest = walk.next_lookup().unwrap();
         assert_eq!(newest, Lookup::Newest);
-        assert_eq!(walk.record_answer(&newest, Some(200), 5), Some(200));
-        walk.mark_unreadable(200, 5);
+        assert_eq!(walk.record_answer(&newest, Some(200), at(5)), Some(200));
+        walk.mark_unreadable(200, at(5));
         let before = walk.next_lookup().unwrap();
         assert_eq!(before, Lookup::FirstOf((190..200).rev().collect()));
-        assert_eq!(walk.record_answer(&before, Some(198), 5), Some(198));
-        walk.mark_read(198, [(196, 3)]);
+        assert_eq!(walk.record_answer(&before, Some(198), at(5)), Some(198));
+        walk.mark_read(198, [(196, at(3))]);
         // The numbers that an unreadable entry may have had are still named.
         let noted: Vec<_> = walk
             .unmerged()
             .iter()
             .map(|(n, since)| (*n, *since))
             .collect();
-        assert_eq!(noted, [(196, 3), (199, 5), (200, 5)]);
+        assert_eq!(noted, [(196, at(3)), (199, at(5)), (200, at(5))]);
         let beyond = walk.next_lookup().unwrap();
         assert_eq!(beyond, Lookup::FirstOf((201..211).rev().collect()));
-        assert_eq!(walk.record_answer(&beyond, None, 5), None);
+        assert_eq!(walk.record_answer(&beyond, None, at(5)), None);
         let named = walk.next_lookup().unwrap();
         assert_eq!(named, Lookup::FirstOf(vec![199, 196]));
-        assert_eq!(walk.record_answer(&named, None, 5), None);
+        assert_eq!(walk.record_answer(&named, None, at(5)), None);
         assert_eq!(walk.next_lookup(), None);
         assert_eq!(walk.next_number(), Some(201));
-        walk.drop_unmerged_before(5);
+        walk.drop_unmerged_before(at(5));
         assert!(!walk.unmerged().contains_key(&196));
     }
 
@@ -421,9 +437,9 @@ mod tests {
                         numbers.get(which).copied()
                     }
                 };
-                match walk.record_answer(&lookup, found, 9) {
-                    Some(number) if good => walk.mark_read(number, [(number / 2, 1), (number + 5, 1)]),
-                    Some(number) => walk.mark_unreadable(number, 9),
+                match walk.record_answer(&lookup, found, at(9)) {
+                    Some(number) if good => walk.mark_read(number, [(number / 2, at(1)), (number + 5, at(1))]),
+                    Some(number) => walk.mark_unreadable(number, at(9)),
                     None => {}
                 }
             }

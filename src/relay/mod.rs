@@ -203,8 +203,8 @@ pub struct Relay {
 #[derive(Clone, Copy, Debug)]
 struct RelayClock {
     started: Instant,
-    /// The start by this machine's clock, in seconds since 1970.
-    started_at: u64,
+    /// The start by this machine's clock.
+    started_at: Timestamp,
 }
 
 impl RelayClock {
@@ -223,12 +223,12 @@ impl RelayClock {
         instant.saturating_duration_since(self.started)
     }
 
-    /// The time in seconds since 1970 by the cache service's clock, which all jobs share. A machine's own
+    /// The time in whole seconds by the cache service's clock, which all jobs share. A machine's own
     /// clock may be days off, and would make the relay drop or keep the wrong packs. If the service does
     /// not tell the time, this is the machine's time at the relay's start plus the time since.
-    fn time(self, client: &CacheClient) -> u64 {
-        let own = || self.started_at.saturating_add(self.elapsed().as_secs());
-        client.time().unwrap_or_else(own)
+    fn time(self, client: &CacheClient) -> Timestamp {
+        let own = || self.started_at + self.elapsed();
+        client.time().unwrap_or_else(own).whole_seconds()
     }
 }
 
@@ -244,14 +244,14 @@ impl Relay {
     pub fn new(config: RelayConfig) -> Result<Arc<Self>, RelayError> {
         let version = hex::encode(Sha256::digest(ENTRY_VERSION));
         let client = CacheClient::new(config.endpoint.clone(), &version, Timeouts::default())?;
-        Self::with(config, client, Timestamp::now().seconds())
+        Self::with(config, client, Timestamp::now())
     }
 
-    /// A relay that speaks through `client` and is started at `started_at`, in seconds since 1970.
+    /// A relay that speaks through `client` and is started at `started_at`.
     fn with(
         config: RelayConfig,
         client: CacheClient,
-        started_at: u64,
+        started_at: Timestamp,
     ) -> Result<Arc<Self>, RelayError> {
         create_private(&config.folder)?;
         let spool = LocalFile::create(&config.folder.join("new"))?;

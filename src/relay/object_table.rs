@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::cache_client::FoundEntry;
 use crate::cache_protocol::ids::EntryId;
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::packs::chain::ChainState;
 use crate::packs::flush::Pending;
@@ -553,7 +554,7 @@ impl ObjectTable {
         own: &mut Index,
         others: &[&Index],
         lane: u64,
-        (time, run_stats): (u64, Option<RunStats>),
+        (time, run_stats): (Timestamp, Option<RunStats>),
     ) -> bool {
         let is_used = |key: &ObjectKey| self.object(*key).is_some_and(|record| record.used);
         let used_member = |member: &BundleMember| self.used_members.contains(&member.key);
@@ -842,7 +843,7 @@ mod tests {
         let mut own = index("own", vec![(key(1), object(0, b"1"))], 1);
         let other = index("other", vec![(key(2), object(0, b"2"))], 1);
         let unused = index("unused", vec![(key(3), object(0, b"3"))], 1);
-        let time = 1_800_000_000;
+        let time = Timestamp::from_seconds(1_800_000_000);
         let is_due = table.note_use(&mut own, &[&other, &unused], LANE, (time, None));
         // The note was a day old and more.
         assert!(is_due);
@@ -854,6 +855,11 @@ mod tests {
             .get(&key(1))
             .map(|object| object.used);
         assert_eq!(used, Some(hours(time)));
-        assert!(!table.note_use(&mut own, &[&other], LANE, (time + 60, None)));
+        assert!(!table.note_use(
+            &mut own,
+            &[&other],
+            LANE,
+            (time + Duration::from_secs(60), None)
+        ));
     }
 }

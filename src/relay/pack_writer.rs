@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::cache_client::{CacheClient, CacheError};
+use crate::clock::Timestamp;
 use crate::digest::Digest;
 use crate::packs::chain::{ChainState, EntryKeys, IndexBudget};
 use crate::packs::flush::{Decision, FlushLimits, FlushPolicy};
@@ -352,7 +353,7 @@ impl PackWriter {
         &self,
         keys: &[ObjectKey],
         repacked: &[RepackedBundle],
-        time: u64,
+        time: Timestamp,
     ) -> Result<(PackBuilder, HashMap<ObjectKey, MemberRecord>), SaveError> {
         let mut builder = PackBuilder::default();
         builder.pack.created = time;
@@ -365,7 +366,7 @@ impl PackWriter {
         &self,
         builder: &mut PackBuilder,
         repacked: &[RepackedBundle],
-        time: u64,
+        time: Timestamp,
     ) -> Result<HashMap<ObjectKey, MemberRecord>, SaveError> {
         let (folder, known) = {
             let objects = self.table.lock();
@@ -440,7 +441,7 @@ impl PackWriter {
         Ok(records)
     }
 
-    fn add_objects(&self, builder: &mut PackBuilder, keys: &[ObjectKey], time: u64) {
+    fn add_objects(&self, builder: &mut PackBuilder, keys: &[ObjectKey], time: Timestamp) {
         let objects = self.table.lock();
         let mut added = Vec::with_capacity(keys.len());
         for key in keys {

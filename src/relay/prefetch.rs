@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cargo_cache::manifest::is_cargo_key;
+use crate::clock::Timestamp;
 use crate::packs::chain::ChainState;
 use crate::packs::index::{Pack, Runs};
 use crate::relay::{Relay, delay_after};
@@ -101,7 +102,7 @@ fn wanted_packs(chains: &[ChainState], lane: u64) -> BTreeSet<String> {
         Some(_) => LANE_PREFETCH_LIMIT,
         None => PREFETCH_LIMIT,
     };
-    let mut packs: BTreeMap<(u64, &str), u64> = BTreeMap::new();
+    let mut packs: BTreeMap<(Timestamp, &str), u64> = BTreeMap::new();
     for (name, pack) in chains.iter().flat_map(|chain| &chain.index.packs) {
         if lane.is_none_or(|lane| lane.packs.contains(name)) && !is_cargo_pack(pack) {
             packs.insert((pack.created, name), pack.data_length);

@@ -150,7 +150,11 @@ impl Service {
                 } else {
                     ""
                 };
-                format!("{}{mark}@{}", short(name), pack.created - BEGIN)
+                format!(
+                    "{}{mark}@{}",
+                    short(name),
+                    pack.created.since(BEGIN).as_secs()
+                )
             });
             let packs: Vec<String> = packs.collect();
             let named: Vec<String> = stored.index.unmerged.keys().map(short).collect();
@@ -298,8 +302,8 @@ struct World {
     started: Instant,
 }
 
-/// When the simulated time begins, in seconds since 1970.
-const BEGIN: u64 = 1_800_000_000;
+/// When the simulated time begins.
+const BEGIN: Timestamp = Timestamp::from_seconds(1_800_000_000);
 
 impl World {
     fn new(seed: u64) -> Self {
@@ -332,7 +336,7 @@ impl World {
             free_floor: 0,
         };
         let client = CacheClient::in_process(self.service.clone());
-        let began = BEGIN + self.started.elapsed().as_secs();
+        let began = BEGIN + self.started.elapsed();
         Relay::with(config, client, began).unwrap()
     }
 }

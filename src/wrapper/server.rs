@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(8);
 
 /// How long each check may take. With [`SILENCE_LIMIT`] and both it makes less than 30 s.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How long the rest of an answer is waited for that nobody needs.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// How long the relay may take to start a server again.
 const RESTART_WAIT: Duration = Duration::from_secs(5);
@@ -211,7 +214,16 @@ fn connect(port: u16) -> io::Result<TcpStream> {
 fn first_byte(port: u16, request: &[u8]) -> io::Result<()> {
     let mut connection = connect(port)?;
     connection.write_all(request)?;
-    connection.read_exact(&mut [0])
+    connection.read_exact(&mut [0])?;
+    // A connection that is closed before its answer is read ends with a reset, and sccache's server logs that
+    // as an error. It closes the connection itself once this side has ended.
+    let rest = connection
+        .shutdown(Shutdown::Write)
+        .and_then(|()| connection.set_read_timeout(Some(CLOSE_WAIT)));
+    if rest.is_ok() {
+        let _ = io::copy(&mut connection.take(ANSWER_LIMIT.into()), &mut io::sink());
+    }
+    Ok(())
 }
 
 fn answers(port: u16, request: &[u8]) -> bool {
@@ -340,6 +352,21 @@ mod tests {
             let outcome = ask_one_that_answers(bytes);
             assert!(matches!(outcome, ServerOutcome::Lost(_)), "{outcome:?}");
         }
+    }
+
+    #[test]
+    fn a_check_takes_the_whole_answer_so_that_the_server_sees_no_reset() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = std::thread::spawn(move || {
+            let (mut connection, _) = listener.accept().unwrap();
+            connection.read_exact(&mut [0; 4]).unwrap();
+            connection.write_all(&[7; 50_000]).unwrap();
+            // Another read of a connection that was reset fails.
+            connection.read(&mut [0])
+        });
+        assert!(answers(port, b"ping"));
+        assert_eq!(server.join().unwrap().unwrap(), 0);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::support::upstream::{Fault, Options, Upstream};
 use axum::body::Bytes;
 use axum::http::StatusCode;
 use sccache_action::cache_client::{CacheClient, Endpoint, Reservation};
+use sccache_action::clock::Timestamp;
 use sccache_action::http::{self, Timeouts};
 use sccache_action::install::Platform;
 use sccache_action::packs::chain::{ChainState, EntryKeys};
@@ -757,9 +758,13 @@ fn an_index_that_trickles_is_given_up_and_the_next_entry_names_it() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut known = ChainState::new(chain());
-        let error = known.refresh(&client, 7).await.unwrap_err().to_string();
+        let error = known
+            .refresh(&client, Timestamp::now())
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("too slow"), "{error}");
-        let (key, _) = known.reserve(&client, 7).await.unwrap();
+        let (key, _) = known.reserve(&client, Timestamp::now()).await.unwrap();
         assert_eq!(key, chain().key(2));
         let named: Vec<String> = known.unmerged().into_keys().collect();
         assert_eq!(named, [chain().key(1)]);

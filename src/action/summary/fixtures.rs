@@ -1,9 +1,12 @@
 //! Makes reports, statistics and runs for the tests, and compares texts with the files in
 //! `tests/fixtures`.
 
+use std::time::Duration;
+
 use crate::action::mode::Mode;
 use crate::action::summary::Report;
 use crate::cache_client::RequestCounts;
+use crate::clock::Timestamp;
 use crate::packs::index::{RunStats, Runs};
 use crate::relay::activity::Activity;
 use crate::sccache::stats::Stats;
@@ -31,7 +34,7 @@ pub(super) fn report<'a>(stats: Result<&'a Stats, &'a str>, raw_stats: &'a str) 
     }
 }
 
-pub(super) const NOW: u64 = 1_800_000_000;
+pub(super) const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 
 fn folder() -> std::path::PathBuf {
     std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -76,7 +79,7 @@ pub(super) fn activity() -> Activity {
 
 pub(super) fn one_run(hits: u64, lookups: u64, ago: u64) -> Runs {
     let ran = RunStats {
-        ended: NOW - ago,
+        ended: NOW - Duration::from_secs(ago),
         hits,
         lookups,
         saved: None,
@@ -87,7 +90,7 @@ pub(super) fn one_run(hits: u64, lookups: u64, ago: u64) -> Runs {
 /// The hits of `count` runs a day apart, of 40 look-ups each, and their saved times.
 pub(super) fn runs(count: u64) -> Runs {
     let run = |i: u64| RunStats {
-        ended: NOW - i * 86_400,
+        ended: NOW - Duration::from_secs(i * 86_400),
         hits: 40 - (i * 7) % 40,
         lookups: 40,
         saved: (i % 4 != 3).then_some(60 * i),

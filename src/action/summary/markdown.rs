@@ -119,6 +119,8 @@ fn longest_run_of_backticks(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -162,7 +164,7 @@ mod tests {
         let raw = format!("{raw:#}");
         let stats = Stats::parse(&raw).unwrap();
         let runs = (1..=11_u64).map(|i| RunStats {
-            ended: NOW - i * 11 * 3_600,
+            ended: NOW - Duration::from_secs(i * 11 * 3_600),
             hits: [
                 1_355, 1_391, 1_298, 1_398, 1_344, 702, 1_398, 1_372, 1_340, 1_210, 0,
             ][usize::try_from(i - 1).unwrap()],

@@ -20,6 +20,7 @@ pub use problems::{annotation, has_problems, hit_rate_failure};
 pub use runs::ran;
 
 use crate::action::mode::Mode;
+use crate::clock::Timestamp;
 use crate::packs::index::{RUNS_KEPT, RunStats};
 use crate::relay::activity::Activity;
 use crate::sccache::stats::Stats;
@@ -65,8 +66,8 @@ pub struct Report<'a> {
     pub keeper: Option<&'a Activity>,
     /// The hit rate, in percent, that the user wants at least.
     pub min_hit_rate: Option<f64>,
-    /// The time, in seconds since 1970.
-    pub now: u64,
+    /// The time.
+    pub now: Timestamp,
 }
 
 impl Report<'_> {

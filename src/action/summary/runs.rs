@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use crate::action::summary::Report;
 use crate::action::summary::charts::line_chart;
+use crate::clock::Timestamp;
 use crate::format::{group_digits, percent, pluralize, relative_time, time};
 use crate::packs::index::RunStats;
 use crate::sccache::stats::Stats;
 
-/// The numbers of a run that ended at `ended`, in seconds since 1970, for later runs to show.
+/// The numbers of a run that ended at `ended`, for later runs to show.
 /// `None` if nothing could have come from a cache.
-pub fn ran(stats: &Stats, dependencies: u64, ended: u64) -> Option<RunStats> {
+pub fn ran(stats: &Stats, dependencies: u64, ended: Timestamp) -> Option<RunStats> {
     let lookups = stats.lookups().saturating_add(dependencies);
     (lookups > 0).then(|| RunStats {
-        ended,
+        ended: ended.whole_seconds(),
         hits: stats.hits(),
         lookups,
         saved: stats.saved().map(|saved| saved.as_secs()),
@@ -37,7 +38,7 @@ pub(super) fn trend(report: &Report<'_>) -> Option<String> {
 
 /// How long before this run another one ended.
 fn how_long_before(report: &Report<'_>, ran: &RunStats) -> String {
-    let since = Duration::from_secs(report.now.saturating_sub(ran.ended));
+    let since = report.now.since(ran.ended);
     match since.as_secs() {
         0..60 => "just before".to_owned(),
         _ => format!("{} before", relative_time(since)),
@@ -202,7 +203,7 @@ mod tests {
     #[test]
     fn the_log_has_the_hit_rates_as_bars_and_what_the_runs_saved_together() {
         let run = |ago: u64, hits, saved| RunStats {
-            ended: NOW - ago,
+            ended: NOW - Duration::from_secs(ago),
             hits,
             lookups: 40,
             saved,
@@ -236,7 +237,7 @@ mod tests {
     #[test]
     fn what_an_index_says_of_earlier_runs_is_shown_whatever_it_says() {
         let wild = |ended| RunStats {
-            ended,
+            ended: Timestamp::from_seconds(ended),
             hits: u64::MAX,
             lookups: 1,
             saved: Some(u64::MAX),

@@ -185,8 +185,14 @@ pub fn writing(environment: &Environment) -> Finding {
             "none needed, if the job is to compile everything and fill the cache for others",
         ),
         (true, true) => match Scopes::of(environment, permission).write {
-            Some(scope) => Finding::ok("writing", format!("the token may write, to {scope}")),
-            None => Finding::ok("writing", "the token may write"),
+            Some(scope) => Finding::ok(
+                "writing",
+                format!("neither the token nor the cache mode forbids writing, to {scope}"),
+            ),
+            None => Finding::ok(
+                "writing",
+                "neither the token nor the cache mode forbids writing",
+            ),
         },
     }
 }

@@ -7,6 +7,9 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use super::*;
 
+/// No time passes here.
+const NOW: Timestamp = Timestamp::UNIX_EPOCH;
+
 /// A writer, by its position among the writers.
 type Writer = u8;
 
@@ -57,7 +60,7 @@ struct ModelEntry {
     packs: Packs,
     /// The entry with the full index that it is the difference to, and the packs that are as there.
     base: Option<(u64, BTreeSet<u64>)>,
-    unmerged: BTreeMap<u64, u64>,
+    unmerged: BTreeMap<u64, Timestamp>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -254,7 +257,7 @@ impl ChainModel {
         let next = self.number_for(job)?;
         let taken = state.slots.contains_key(&next);
         if taken && !double {
-            job.walk.mark_refused(next, 0);
+            job.walk.mark_refused(next, NOW);
             return Some(());
         }
         if double {
@@ -325,7 +328,7 @@ impl ChainModel {
                     job.prefer_base(base, full);
                 }
                 None if self.mistake == Some(Mistake::ForgetsBase) => {}
-                None => job.walk.mark_base_lost(key, same, 0),
+                None => job.walk.mark_base_lost(key, same, NOW),
             },
         }
         job.packs.extend(entry.packs);
@@ -344,7 +347,7 @@ impl ChainModel {
                 let lookup = state.jobs.get(number)?.walk.next_lookup()?;
                 let found = state.look_up(&lookup);
                 let job = state.jobs.get_mut(number)?;
-                job.found = job.walk.record_answer(&lookup, found, 0);
+                job.found = job.walk.record_answer(&lookup, found, NOW);
             }
             Action::ReadEntry(number) => {
                 let key = state.jobs.get_mut(number)?.found.take()?;
@@ -352,7 +355,7 @@ impl ChainModel {
                 let mut job = state.jobs.get(number)?.clone();
                 match entry {
                     Some(entry) => self.add(state, &mut job, key, entry),
-                    None => job.walk.mark_unreadable(key, 0),
+                    None => job.walk.mark_unreadable(key, NOW),
                 }
                 *state.jobs.get_mut(number)? = job;
             }

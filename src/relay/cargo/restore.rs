@@ -22,6 +22,7 @@ use crate::cargo_cache::manifest::{
     BaseDir, CacheManifest, CachePart, FileEntry, Package, match_rank,
 };
 use crate::cargo_cache::units;
+use crate::clock::Timestamp;
 use crate::digest::sha256;
 use crate::format::size;
 use crate::packs::index::ObjectKey;
@@ -128,7 +129,7 @@ impl Relay {
         build_key: BuildKey,
     ) -> Option<(ObjectKey, CacheManifest)> {
         let lane = self.config.lane;
-        let mut candidates: Vec<((bool, bool), u64, ObjectKey)> = Vec::new();
+        let mut candidates: Vec<((bool, bool), Timestamp, ObjectKey)> = Vec::new();
         {
             let chains = self.writer.chains().lock().await;
             for pack in chains.iter().flat_map(|chain| chain.index.packs.values()) {
