@@ -4,11 +4,11 @@
 //! checkout, cargo's home or the runner's temporary folder. So a job with its checkout elsewhere finds it
 //! again, and a cache can put nothing anywhere else.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cargo_cache::files::is_inside;
+use crate::cargo_cache::files::{is_inside, relative_name};
 
 /// A workspace of a job, with absolute paths.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,16 +114,7 @@ impl Places {
 
 /// The path of `path` from `folder`, with `/` between its names.
 fn below(folder: &Path, path: &Path) -> Option<String> {
-    let names: Option<Vec<&str>> = path
-        .strip_prefix(folder)
-        .ok()?
-        .components()
-        .map(|component| match component {
-            Component::Normal(name) => name.to_str(),
-            _ => None,
-        })
-        .collect();
-    Some(names?.join("/"))
+    relative_name(path.strip_prefix(folder).ok()?)
 }
 
 #[cfg(test)]

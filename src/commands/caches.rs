@@ -191,7 +191,7 @@ pub struct Selected {
 }
 
 /// The entries that `options` ask to delete, in the order of `entries`. `gone` are the refs that no
-/// longer exist, `now` is the time.
+/// longer exist.
 pub fn select(
     entries: &[CacheEntry],
     options: &PruneOptions,

@@ -512,7 +512,6 @@ impl ChainState {
 
     /// Reserves the next number of the row, or one apart if the job may not read or the row is at its end.
     ///
-    ///
     /// # Errors
     /// [`CacheError`] if the service grants no number, or does not say which entry is the newest.
     pub async fn reserve(

@@ -39,6 +39,11 @@ const USE_NOTE_AGE: u32 = 24;
 /// The first number of what is no object. No relay knows so many objects, and JSON's numbers hold it.
 const FIRST_OTHER: u64 = 1 << 40;
 
+/// The number of the object at this position of the table.
+fn number_at(position: usize) -> EntryId {
+    EntryId(position as u64 + 1)
+}
+
 /// The place of an object's bytes.
 #[derive(Clone, Debug)]
 pub(super) enum Location {
@@ -203,8 +208,7 @@ impl ObjectTable {
 
     /// The number of an object that is or was known.
     pub(super) fn number_of(&self, key: ObjectKey) -> Option<EntryId> {
-        let position = self.records.get_index_of(&key)?;
-        Some(EntryId(position as u64 + 1))
+        self.records.get_index_of(&key).map(number_at)
     }
 
     /// Adds the packs of a scope and their objects. Objects that this job has already stay.
@@ -347,7 +351,7 @@ impl ObjectTable {
             self.pending_bytes = self.pending_bytes.saturating_add(length);
             self.pending_since.get_or_insert(now);
         }
-        EntryId(position as u64 + 1)
+        number_at(position)
     }
 
     /// How many objects are pending, and their bytes and age for the flush policy.
@@ -381,12 +385,9 @@ impl ObjectTable {
                 record.pending = false;
             }
         }
-        let records = &self.records;
-        let is_pending = |key: &ObjectKey| {
-            let record = records.get(key).and_then(Option::as_ref);
-            record.is_some_and(|record| record.pending)
-        };
-        self.pending.retain(is_pending);
+        let mut pending = std::mem::take(&mut self.pending);
+        pending.retain(|key| self.object(*key).is_some_and(|record| record.pending));
+        self.pending = pending;
         let lengths = self
             .pending
             .iter()
@@ -592,13 +593,13 @@ impl ObjectTable {
         }
         drop(found);
         for (name, keys) in due {
-            if let Some(pack) = own.packs.get_mut(&name) {
-                let objects = &mut pack.objects;
-                keys.iter().for_each(|key| {
-                    if let Some(object) = objects.get_mut(key) {
-                        note(&mut object.used);
-                    }
-                });
+            let Some(pack) = own.packs.get_mut(&name) else {
+                continue;
+            };
+            for key in keys {
+                if let Some(object) = pack.objects.get_mut(&key) {
+                    note(&mut object.used);
+                }
             }
         }
         for (name, pack) in &mut own.packs {

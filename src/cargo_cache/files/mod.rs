@@ -28,3 +28,4 @@ pub(crate) use staged::staged;
 pub(crate) use texts::is_plain;
 
 pub(super) use extract::CheckedReader;
+pub(super) use paths::relative_name;

@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use crate::cargo_cache::files::ExtractError;
 
 /// A relative path with `/` between its components.
-pub(super) fn relative_name(path: &Path) -> Option<String> {
+pub(in crate::cargo_cache) fn relative_name(path: &Path) -> Option<String> {
     let names: Option<Vec<&str>> = path
         .components()
         .map(|component| match component {
