@@ -31,9 +31,10 @@ impl Timestamp {
         Self(milliseconds)
     }
 
-    /// The time `seconds` after the beginning of 1970.
+    /// The time `seconds` after the beginning of 1970; the last whole second there is if that is later.
     pub const fn from_seconds(seconds: u64) -> Self {
-        Self(seconds.saturating_mul(1000))
+        let last = Self::MAX.seconds();
+        Self(if seconds < last { seconds } else { last } * 1000)
     }
 
     /// The milliseconds since 1970.
@@ -85,11 +86,19 @@ mod tests {
     fn times_stop_at_the_ends_of_their_range() {
         let second = Duration::from_secs(1);
         assert_eq!(Timestamp::UNIX_EPOCH - second, Timestamp::UNIX_EPOCH);
-        for late in [Timestamp::MAX + second, Timestamp::from_seconds(u64::MAX)] {
-            assert_eq!(late, Timestamp::MAX);
-        }
+        assert_eq!(Timestamp::MAX + second, Timestamp::MAX);
         assert_eq!(Timestamp::UNIX_EPOCH + Duration::MAX, Timestamp::MAX);
         assert_eq!(Timestamp::UNIX_EPOCH.since(Timestamp::MAX), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_time_of_whole_seconds_is_the_same_after_it_was_written_as_seconds() {
+        for seconds in [0, 1, u64::MAX / 1000, u64::MAX / 1000 + 1, u64::MAX] {
+            let time = Timestamp::from_seconds(seconds);
+            assert_eq!(Timestamp::from_seconds(time.seconds()), time);
+            assert_eq!(time.whole_seconds(), time);
+            assert_eq!(time.seconds(), seconds.min(u64::MAX / 1000));
+        }
     }
 
     #[test]

@@ -51,9 +51,25 @@ enum Asked<'a> {
     Any(&'a str, &'a str, &'a [u8]),
 }
 
+struct Upload {
+    name: EntryName,
+    content: Vec<u8>,
+    blocks: BTreeMap<String, Vec<u8>>,
+}
+
+impl Upload {
+    fn of(name: EntryName) -> Self {
+        Self {
+            name,
+            content: Vec::new(),
+            blocks: BTreeMap::new(),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Uploads {
-    open: HashMap<UploadId, (EntryName, Vec<u8>, BTreeMap<String, Vec<u8>>)>,
+    open: HashMap<UploadId, Upload>,
     entries: Vec<(Entry, Vec<u8>)>,
 }
 
@@ -80,15 +96,13 @@ async fn received(pieces: impl Stream<Item = Chunk> + Send) -> Result<Vec<u8>, S
 impl Store for Memory {
     async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
         self.with(|uploads| {
-            let taken = uploads.open.values().any(|(open, ..)| *open == name);
+            let taken = uploads.open.values().any(|open| open.name == name);
             if taken || uploads.entries.iter().any(|(entry, _)| entry.name == name) {
                 return Err(StoreError::AlreadyExists);
             }
             let known = uploads.open.len() + uploads.entries.len();
             let number = UploadId(UPLOAD.0 + 1 + known as u64);
-            uploads
-                .open
-                .insert(number, (name, Vec::new(), BTreeMap::new()));
+            uploads.open.insert(number, Upload::of(name));
             Ok(number)
         })
     }
@@ -102,7 +116,7 @@ impl Store for Memory {
     async fn upload_of(&self, name: &EntryName) -> Result<UploadId, StoreError> {
         self.with(|uploads| {
             let mut open = uploads.open.iter();
-            let found = open.find(|(_, (open, ..))| open == name);
+            let found = open.find(|(_, open)| open.name == *name);
             found
                 .map(|(number, _)| *number)
                 .ok_or(StoreError::NoSuchUpload)
@@ -113,7 +127,7 @@ impl Store for Memory {
         self.with(|uploads| {
             let found = uploads.open.get(&upload);
             found
-                .map(|(name, ..)| name.clone())
+                .map(|open| open.name.clone())
                 .ok_or(StoreError::NoSuchUpload)
         })
     }
@@ -129,7 +143,7 @@ impl Store for Memory {
         let end = offset.saturating_add(received.len() as u64);
         self.check_size(end)?;
         self.with(|uploads| {
-            let (_, content, _) = uploads
+            let Upload { content, .. } = uploads
                 .open
                 .get_mut(&upload)
                 .ok_or(StoreError::NoSuchUpload)?;
@@ -151,7 +165,7 @@ impl Store for Memory {
     ) -> Result<(), StoreError> {
         let received = received(pieces).await?;
         self.with(|uploads| {
-            let (.., blocks) = uploads
+            let Upload { blocks, .. } = uploads
                 .open
                 .get_mut(&upload)
                 .ok_or(StoreError::NoSuchUpload)?;
@@ -166,7 +180,9 @@ impl Store for Memory {
                 .open
                 .get_mut(&upload)
                 .ok_or(StoreError::NoSuchUpload)?;
-            let (_, content, blocks) = found;
+            let Upload {
+                content, blocks, ..
+            } = found;
             let parts = names.iter().map(|name| blocks.get(name));
             let parts: Option<Vec<&Vec<u8>>> = parts.collect();
             *content = parts
@@ -181,7 +197,8 @@ impl Store for Memory {
 
     async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
         self.with(|uploads| {
-            let (name, content, _) = uploads.open.get(&upload).ok_or(StoreError::NoSuchUpload)?;
+            let Upload { name, content, .. } =
+                uploads.open.get(&upload).ok_or(StoreError::NoSuchUpload)?;
             let actual = content.len() as u64;
             if actual != size {
                 return Err(StoreError::SizeMismatch {
@@ -242,9 +259,7 @@ fn service() -> (Router, UrlSigner) {
             created: Timestamp::UNIX_EPOCH,
         };
         uploads.entries.push((entry, CONTENT.to_vec()));
-        uploads
-            .open
-            .insert(UPLOAD, (named("upload"), Vec::new(), BTreeMap::new()));
+        uploads.open.insert(UPLOAD, Upload::of(named("upload")));
     });
     let signer = UrlSigner::with_key([7; 32]);
     let token = BearerToken::new("token");

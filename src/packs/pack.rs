@@ -862,6 +862,18 @@ mod tests {
         ));
     }
 
+    #[test]
+    fn an_index_with_times_beyond_all_time_is_written_and_read_unchanged() {
+        // No packs; one lane: 7, its run and its last run at the last number there is.
+        let last = [[0xff; 9].as_slice(), &[1]].concat();
+        let lane = [&[0, 0, 0, 1, 7], &*last, &[0, 1], &*last, &[3, 9]].concat();
+        let bytes = disguised(&[lane, vec![0]].concat());
+        let index = read(&bytes, "k").unwrap().index;
+        assert_eq!(index.lanes[&7].run.seconds(), u64::MAX / 1000);
+        let written = encode_head(&index, None).unwrap().bytes;
+        assert_eq!(read(&written, "l").unwrap().index, index);
+    }
+
     /// A scope of packs with so many objects each, all used at the same hour.
     fn scope(packs: std::ops::Range<u64>, objects: u64, used: u32) -> Index {
         let mut index = Index::default();
