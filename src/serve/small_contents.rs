@@ -1,4 +1,4 @@
-//! Reads the bytes of small parts from the database, in batches.
+//! Reads the bytes of small parts from the database: in place if it is SQLite, otherwise in batches.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,6 +28,7 @@ type ReadResult = Result<Option<Bytes>, Arc<sqlx::Error>>;
 /// Reads them. Clones share the queue.
 #[derive(Clone)]
 pub(crate) struct SmallContents {
+    catalog: Catalog,
     asked: Arc<Batcher<BlobId, ReadResult>>,
 }
 
@@ -40,8 +41,9 @@ impl std::fmt::Debug for SmallContents {
 impl SmallContents {
     /// Reads from `catalog`.
     pub(crate) fn of(catalog: Catalog) -> Self {
+        let asked = catalog.clone();
         let read = move |blobs: Vec<BlobId>| {
-            let catalog = catalog.clone();
+            let catalog = asked.clone();
             async move {
                 match catalog.contents(&blobs).await {
                     Ok(contents) => {
@@ -57,6 +59,7 @@ impl SmallContents {
             }
         };
         Self {
+            catalog,
             asked: Arc::new(Batcher::new(AT_ONCE, GROUPS, read)),
         }
     }
@@ -67,14 +70,11 @@ impl SmallContents {
     /// An error for which [`is_missing`](crate::cache_protocol::azure_blob::is_missing) holds if
     /// the bytes are gone or changed; another error if the database cannot be read.
     pub(crate) async fn read(&self, part: &Part) -> io::Result<Bytes> {
-        let answer = self
-            .asked
-            .ask(part.blob)
-            .await
-            .ok_or_else(|| io::Error::other("the database is closed"))?;
-        let bytes = answer
-            .map_err(io::Error::other)?
-            .ok_or(io::ErrorKind::NotFound)?;
+        let content = match self.catalog.content_in_place(part.blob) {
+            Some(content) => content,
+            None => self.read_in_batch(part.blob).await?,
+        };
+        let bytes = content.ok_or(io::ErrorKind::NotFound)?;
         let is_whole =
             bytes.len() as u64 == part.size && part.digests.are_of(0, std::slice::from_ref(&bytes));
         if is_whole {
@@ -85,5 +85,12 @@ impl SmallContents {
                 "a part does not match its digests",
             ))
         }
+    }
+
+    async fn read_in_batch(&self, blob: BlobId) -> io::Result<Option<Bytes>> {
+        let answer = self.asked.ask(blob).await;
+        answer
+            .ok_or_else(|| io::Error::other("the database is closed"))?
+            .map_err(io::Error::other)
     }
 }

@@ -1,6 +1,7 @@
 //! Opens the database: its address, its connections and their settings.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
@@ -8,6 +9,7 @@ use sqlx::Executor;
 use sqlx::any::AnyPoolOptions;
 
 use crate::serve::catalog::Catalog;
+use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::schema::{Dialect, prepare, schema};
 
 /// How long a request waits for a connection to the database.
@@ -97,6 +99,7 @@ impl Catalog {
             read,
             quick,
             write,
+            in_place: Some(Arc::new(InPlaceReader::new(path))),
             dialect,
         })
     }
@@ -109,6 +112,7 @@ impl Catalog {
             read: pool.clone(),
             quick: pool.clone(),
             write: pool,
+            in_place: None,
             dialect,
         })
     }

@@ -25,16 +25,22 @@ mod connections;
 mod entries;
 mod eviction;
 mod garbage;
+mod in_place;
 mod rows;
 mod schema;
 mod settings;
 mod upload_parts;
 mod uploads;
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use sqlx::{AnyPool, Executor};
 
+use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
+use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::rows::unsigned;
 use crate::serve::catalog::schema::Dialect;
 
@@ -57,6 +63,8 @@ pub struct Catalog {
     /// The same as `read` in PostgreSQL. SQLite has one writer at a time, and it is better to wait
     /// for it here than in the file's lock.
     write: AnyPool,
+    /// Only in SQLite.
+    in_place: Option<Arc<InPlaceReader>>,
     dialect: Dialect,
 }
 
@@ -139,8 +147,17 @@ impl Catalog {
         Ok(())
     }
 
+    /// The bytes of `blob`, if the database has it, read in the thread that asks. `None` if
+    /// [`contents`](Self::contents) must be asked: in PostgreSQL, or while the disk is slow.
+    pub fn content_in_place(&self, blob: BlobId) -> Option<Option<Bytes>> {
+        self.in_place.as_ref()?.read(blob)
+    }
+
     /// Closes the connections; SQLite then leaves one file.
     pub async fn close(&self) {
+        if let Some(in_place) = &self.in_place {
+            in_place.close();
+        }
         self.read.close().await;
         self.quick.close().await;
         self.write.close().await;

@@ -1,0 +1,158 @@
+//! Reads small contents from SQLite in the thread that asks. Each other query crosses to the database's
+//! own thread and back, which costs about as much as this read.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
+
+use crate::cache_protocol::ids::BlobId;
+use crate::serve::catalog::rows::number;
+
+/// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
+/// the system has in memory takes some ten microseconds, one of a solid state disk some hundred.
+const SLOW: Duration = Duration::from_millis(4);
+
+/// How many reads after a slow one are not made in place.
+const SKIPPED: u32 = 32;
+
+/// Connections that only read, each used by one thread at a time.
+#[derive(Debug)]
+pub(super) struct InPlaceReader {
+    path: PathBuf,
+    /// `None` once they are closed.
+    idle: Mutex<Option<Vec<Connection>>>,
+    /// How many reads are still to be left to the database's own threads.
+    skipped: AtomicU32,
+}
+
+impl InPlaceReader {
+    /// A reader of the database at `path`, which opens its connections when they are needed.
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            idle: Mutex::new(Some(Vec::new())),
+            skipped: AtomicU32::new(0),
+        }
+    }
+
+    /// The bytes of `blob`, if the database has it. `None` if it must be asked otherwise: the disk was slow
+    /// lately, the reader is closed, or the read failed.
+    pub(super) fn read(&self, blob: BlobId) -> Option<Option<Bytes>> {
+        if !self.may_read() {
+            return None;
+        }
+        let begun = Instant::now();
+        let connection = self.take()?;
+        let content = content(&connection, blob).ok();
+        self.observe(begun.elapsed());
+        if let Ok(mut idle) = self.idle.lock()
+            && let Some(idle) = &mut *idle
+        {
+            idle.push(connection);
+        }
+        content
+    }
+
+    /// Closes the connections: SQLite removes its log when the last connection is closed.
+    pub(super) fn close(&self) {
+        if let Ok(mut idle) = self.idle.lock() {
+            *idle = None;
+        }
+    }
+
+    fn take(&self) -> Option<Connection> {
+        let idle = self.idle.lock().ok()?.as_mut()?.pop();
+        idle.or_else(|| open(&self.path).ok())
+    }
+
+    fn may_read(&self) -> bool {
+        let one_less = |left: u32| left.checked_sub(1);
+        self.skipped
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_err()
+    }
+
+    fn observe(&self, read: Duration) {
+        if read > SLOW {
+            self.skipped.store(SKIPPED, Ordering::Relaxed);
+        }
+    }
+}
+
+/// It never waits for another connection's lock: the read is then made otherwise.
+fn open(path: &Path) -> rusqlite::Result<Connection> {
+    // In this mode a reader writes to the file that all connections share.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.execute_batch("PRAGMA query_only = 1; PRAGMA busy_timeout = 0")?;
+    Ok(connection)
+}
+
+fn content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Option<Bytes>> {
+    connection
+        .prepare_cached("SELECT content FROM contents WHERE blob = ?1")?
+        .query_row([number(blob)], |row| {
+            Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_blob()?))
+        })
+        .optional()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn database(folder: &Path) -> PathBuf {
+        let path = folder.join("catalog");
+        let connection = Connection::open(&path).unwrap();
+        connection
+            .execute_batch(
+                "PRAGMA journal_mode = WAL; \
+                 CREATE TABLE contents (blob BIGINT PRIMARY KEY, content BLOB NOT NULL); \
+                 INSERT INTO contents VALUES (7, x'616263')",
+            )
+            .unwrap();
+        path
+    }
+
+    #[test]
+    fn a_content_is_read_and_one_that_is_not_there_is_known_to_be_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = InPlaceReader::new(&database(folder.path()));
+        for _ in 0..2 {
+            let content = reader.read(BlobId(7));
+            assert_eq!(content, Some(Some(Bytes::from_static(b"abc"))));
+            assert_eq!(reader.read(BlobId(8)), Some(None));
+        }
+    }
+
+    #[test]
+    fn after_a_slow_read_the_databases_own_threads_make_the_next_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = InPlaceReader::new(&database(folder.path()));
+        reader.observe(SLOW);
+        assert!(reader.read(BlobId(7)).is_some());
+        reader.observe(SLOW + Duration::from_nanos(1));
+        let skipped = std::iter::from_fn(|| reader.read(BlobId(7)).is_none().then_some(()));
+        assert_eq!(skipped.count() as u32, SKIPPED);
+    }
+
+    #[test]
+    fn a_database_that_cannot_be_read_and_a_closed_reader_leave_the_read_to_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = InPlaceReader::new(&folder.path().join("missing"));
+        assert_eq!(missing.read(BlobId(7)), None);
+        assert!(!folder.path().join("missing").exists());
+        let path = database(folder.path());
+        let reader = InPlaceReader::new(&path);
+        assert!(reader.read(BlobId(7)).is_some());
+        let log = folder.path().join("catalog-wal");
+        assert!(log.exists());
+        reader.close();
+        assert!(!log.exists());
+        assert_eq!(reader.read(BlobId(7)), None);
+    }
+}
