@@ -80,12 +80,16 @@ pub fn relative_time(age: Duration) -> String {
     )
 }
 
-/// The messages of `error` and of each of its causes, in one line.
+/// The messages of `error` and of each of its causes, in one line. Many errors repeat their cause in their
+/// own message; it is then not told again.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
         cause = error.source();
     }
     text
@@ -117,6 +121,29 @@ mod tests {
         let shown = [(1, "entry"), (2, "entry"), (0, "miss"), (1_000, "hit")]
             .map(|(count, noun)| pluralize(count, noun));
         assert_eq!(shown, ["1 entry", "2 entries", "0 misses", "1,000 hits"]);
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("{message}")]
+        struct Failure {
+            message: &'static str,
+            source: Option<Box<Self>>,
+        }
+        let chain = [
+            "cannot ask: refused",
+            "refused",
+            "cannot ask: refused",
+            "code 7",
+        ];
+        let failure = chain.into_iter().rev().fold(None, |source, message| {
+            Some(Box::new(Failure { message, source }))
+        });
+        assert_eq!(
+            with_causes(&*failure.unwrap()),
+            "cannot ask: refused: code 7"
+        );
     }
 
     #[test]

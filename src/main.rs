@@ -1,7 +1,7 @@
 //! The entry point: runs the command that the command line names.
 
 use std::ffi::OsString;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,7 +30,10 @@ fn main() -> ExitCode {
         let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from(argv0));
         return wrapper::run(&program, &arguments);
     }
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explain(&error),
+    };
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
@@ -40,6 +43,22 @@ fn main() -> ExitCode {
             ExitCode::from(3)
         }
     }
+}
+
+/// Prints the help that was asked for, or what is wrong with the arguments. On a terminal, where no runner
+/// reads it, with colours.
+fn explain(error: &clap::Error) -> ExitCode {
+    // If it cannot be printed, nobody reads it.
+    let _ = if error.use_stderr() && !io::stderr().is_terminal() {
+        write!(
+            io::stderr(),
+            "{}",
+            without_commands(&error.render().to_string())
+        )
+    } else {
+        error.print()
+    };
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {

@@ -17,12 +17,14 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use backon::{ExponentialBuilder, Retryable};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
 
 use crate::cache_protocol::temporary::TemporaryService;
 use crate::cache_protocol::{self, Snapshot};
 use crate::runner::environment::Environment;
 use crate::runner::files::read_entries;
+use crate::stop_signal::stop_signal;
 
 /// The project for a rehearsal without a command: `sample/` of the repository.
 const SAMPLE: [(&str, &str); 19] = [
@@ -95,6 +97,10 @@ const SAMPLE: [(&str, &str); 19] = [
     (".gitignore", include_str!("../../sample/.gitignore")),
 ];
 
+/// How long a step that is told to end may take for it. Windows has no way to tell it.
+#[cfg(unix)]
+const TIME_TO_END: Duration = Duration::from_secs(10);
+
 /// The parameters of a rehearsal.
 #[derive(Clone, Debug)]
 pub struct Rehearsal {
@@ -121,6 +127,9 @@ pub enum RehearsalError {
          cc. Pass your own build after `--`"
     )]
     NoCompiler,
+    /// The process was told to end.
+    #[error("interrupted; the servers of the job are stopped")]
+    Interrupted,
     /// A step could not be run at all.
     #[error("cannot run the step `{step}`: {error}")]
     NotRun {
@@ -165,9 +174,30 @@ pub struct JobResult {
 /// standard output as it comes.
 ///
 /// # Errors
-/// [`RehearsalError::Step`] if a step fails; other errors if the working directory, the cache
-/// service or the sample cannot be prepared.
+/// [`RehearsalError::Step`] if a step fails; [`RehearsalError::Interrupted`] if the process is told to end
+/// meanwhile; other errors if the working directory, the cache service or the sample cannot be prepared.
 pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError> {
+    let told_to_end = stop_signal()?;
+    let stopped = CancellationToken::new();
+    let waiting = tokio::spawn({
+        let stopped = stopped.clone();
+        async move {
+            told_to_end.await;
+            stopped.cancel();
+        }
+    });
+    let results = run_until(rehearsal, &stopped).await;
+    waiting.abort();
+    match results {
+        Err(_) if stopped.is_cancelled() => Err(RehearsalError::Interrupted),
+        results => results,
+    }
+}
+
+async fn run_until(
+    rehearsal: &Rehearsal,
+    stopped: &CancellationToken,
+) -> Result<Vec<JobResult>, RehearsalError> {
     let stage = tempfile::Builder::new()
         .prefix("sccache-action-rehearsal-")
         .tempdir()?;
@@ -197,7 +227,7 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
         environment.set("RUNNER_TOOL_CACHE", tools.display().to_string());
     }
     let build = match rehearsal.build.as_slice() {
-        [] => sample_build(stage.path(), &environment).await?,
+        [] => sample_build(stage.path(), &environment, stopped).await?,
         build => Build {
             commands: vec![build.to_vec()],
             in_workspace: false,
@@ -213,6 +243,7 @@ pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError
             program: &rehearsal.program,
             build: &build,
             stage,
+            stopped: stopped.clone(),
         };
         results.push(job.run(&running).await?);
     }
@@ -358,7 +389,11 @@ impl Build {
 
 /// How the sample can be built on this machine. It fetches the crates first, which is no part of
 /// either job.
-async fn sample_build(root: &Path, environment: &Environment) -> Result<Build, RehearsalError> {
+async fn sample_build(
+    root: &Path,
+    environment: &Environment,
+    stopped: &CancellationToken,
+) -> Result<Build, RehearsalError> {
     let folder = root.join("crates");
     write_sample(&folder)?;
     let environment = environment.for_programs();
@@ -367,8 +402,9 @@ async fn sample_build(root: &Path, environment: &Environment) -> Result<Build, R
         .args(["fetch", "--locked"])
         .current_dir(&folder)
         .stdout(Stdio::null());
-    match run_in(fetch, &environment).await {
+    match run_in(fetch, &environment, stopped).await {
         Ok(status) if status.success() => return Ok(Build::with_cargo()),
+        _ if stopped.is_cancelled() => return Err(RehearsalError::Interrupted),
         Ok(_) => println!("The sample's crates are unavailable, so only its C files are compiled."),
         Err(_) => println!("cargo is not on PATH, so only the sample's C files are compiled."),
     }
@@ -377,21 +413,45 @@ async fn sample_build(root: &Path, environment: &Environment) -> Result<Build, R
         .arg("--version")
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    match run_in(compiler, &environment).await {
+    match run_in(compiler, &environment, stopped).await {
         Ok(status) if status.success() => Ok(Build::with_cc()),
         _ => Err(RehearsalError::NoCompiler),
     }
 }
 
-/// Runs `command` in `environment` alone to its end.
-async fn run_in(mut command: Command, environment: &Environment) -> io::Result<ExitStatus> {
-    command
+/// Runs `command` in `environment` alone, to its end or until `stopped`.
+async fn run_in(
+    mut command: Command,
+    environment: &Environment,
+    stopped: &CancellationToken,
+) -> io::Result<ExitStatus> {
+    let mut child = command
         .env_clear()
         .envs(environment.iter())
         .stdin(Stdio::null())
         .kill_on_drop(true)
-        .status()
-        .await
+        .spawn()?;
+    tokio::select! {
+        status = child.wait() => status,
+        () = stopped.cancelled() => {
+            end(&mut child).await;
+            Err(io::ErrorKind::Interrupted.into())
+        }
+    }
+}
+
+/// Asks a step to end, so that it ends what it has started itself. It is killed if it does not.
+async fn end(child: &mut Child) {
+    #[cfg(unix)]
+    if let Some(process) = child
+        .id()
+        .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()))
+    {
+        // A process that has ended meanwhile is still this one's child, so the number is nobody else's.
+        let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
+        let _ = tokio::time::timeout(TIME_TO_END, child.wait()).await;
+    }
+    let _ = child.kill().await;
 }
 
 fn write_sample(folder: &Path) -> io::Result<()> {
@@ -410,12 +470,15 @@ struct Job<'a> {
     program: &'a Path,
     build: &'a Build,
     stage: SimulatedRunner,
+    stopped: CancellationToken,
 }
 
 impl Job<'_> {
-    async fn run(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
+    async fn run(mut self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
         let result = self.run_steps(service).await;
-        // A runner always runs the post step; without it the job's servers would stay.
+        // A runner always runs the post step, of a cancelled job too; without it the job's servers would
+        // stay.
+        self.stopped = CancellationToken::new();
         if result.is_err()
             && let Ok(environment) = self.stage.post_step()
         {
@@ -482,7 +545,7 @@ impl Job<'_> {
         if let Some(folder) = folder {
             step.current_dir(folder);
         }
-        let status = run_in(step, environment)
+        let status = run_in(step, environment, &self.stopped)
             .await
             .map_err(|error| RehearsalError::NotRun {
                 step: words.join(" "),

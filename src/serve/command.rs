@@ -1,16 +1,18 @@
 //! `sccache-action serve`: the standalone cache service, for self-hosted runners, act, Gitea and
 //! Forgejo.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use serde::Deserialize;
 use tracing::level_filters::LevelFilter;
 use tracing::{info, warn};
+use url::Url;
 
 use crate::cache_protocol::auth::{Access, Tokens};
 use crate::cache_protocol::forgejo::ForgejoRunner;
@@ -26,11 +28,20 @@ use crate::serve::server::{self, ClientTimeouts, ServerConfig, ServiceError};
 use crate::serve::token_check::{GITHUB_ISSUER, HmacSecret, Issuer, Keys, RuntimeTokens};
 use crate::stop_signal::stop_signal;
 
+/// The largest file of tokens or of a secret, in bytes: ten thousand tokens fit.
+const FILE_LIMIT: u64 = 1 << 20;
+
 /// The scope of tokens that name none.
 const DEFAULT_SCOPE: &str = "refs/heads/main";
 
 /// How the service is set up. Each option may be given as the variable that its help names.
 #[derive(Clone, Debug, Args)]
+#[command(group = ArgGroup::new("tokens_of_jobs").multiple(true).args([
+    "github_tokens",
+    "token_secret_file",
+    "forgejo_secret_file",
+    "unchecked_tokens",
+]))]
 pub struct ServeOptions {
     /// The address to listen at. Other machines can reach any address but 127.0.0.1
     #[arg(long, env = "SCCACHE_ACTION_LISTEN", default_value = "127.0.0.1:8089")]
@@ -73,7 +84,8 @@ pub struct ServeOptions {
         env = "SCCACHE_ACTION_GITHUB_TOKENS",
         value_name = "ISSUER",
         num_args = 0..=1,
-        default_missing_value = GITHUB_ISSUER
+        default_missing_value = GITHUB_ISSUER,
+        value_parser = issuer
     )]
     pub github_tokens: Option<String>,
 
@@ -92,7 +104,8 @@ pub struct ServeOptions {
         long,
         env = "SCCACHE_ACTION_ALLOW",
         value_name = "OWNER[/NAME]",
-        value_delimiter = ','
+        value_delimiter = ',',
+        requires = "tokens_of_jobs"
     )]
     pub allow: Vec<AllowedRepository>,
 
@@ -107,15 +120,15 @@ pub struct ServeOptions {
 
     /// The limit of all entries together. The least recently used entries of the largest repository
     /// go first. Uncommitted uploads may take the same amount again
-    #[arg(long, env = "SCCACHE_ACTION_MAX_SIZE", default_value = "10GiB")]
+    #[arg(long, env = "SCCACHE_ACTION_MAX_SIZE", default_value = "10GiB", value_parser = limit)]
     pub max_size: ByteSize,
 
     /// The limit of one repository's entries. The default is that of all entries
-    #[arg(long, env = "SCCACHE_ACTION_MAX_REPOSITORY_SIZE")]
+    #[arg(long, env = "SCCACHE_ACTION_MAX_REPOSITORY_SIZE", value_parser = limit)]
     pub max_repository_size: Option<ByteSize>,
 
     /// The limit of one entry
-    #[arg(long, env = "SCCACHE_ACTION_MAX_ENTRY_SIZE", default_value = "10GiB")]
+    #[arg(long, env = "SCCACHE_ACTION_MAX_ENTRY_SIZE", default_value = "10GiB", value_parser = limit)]
     pub max_entry_size: ByteSize,
 
     /// The time after which an entry that nobody reads is deleted; 0 keeps it for ever
@@ -155,10 +168,27 @@ pub enum LogFormat {
 }
 
 fn database(text: &str) -> Result<PostgresUrl, String> {
-    let url = url::Url::parse(text).map_err(|error| error.to_string())?;
-    match url.scheme() {
-        "postgres" | "postgresql" => Ok(PostgresUrl(text.to_owned())),
-        _ => Err("it must begin with postgres://".to_owned()),
+    let url = Url::parse(text).ok();
+    match url.as_ref().map(Url::scheme) {
+        Some("postgres" | "postgresql") => Ok(PostgresUrl(text.to_owned())),
+        _ => Err("it must have the form postgres://USER:PASSWORD@HOST/DATABASE".to_owned()),
+    }
+}
+
+fn limit(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(size) if size.as_u64() > 0 => Ok(size),
+        _ => Err("it must be a size above 0, such as 500MiB or 10GiB".to_owned()),
+    }
+}
+
+fn issuer(text: &str) -> Result<String, String> {
+    let url = Url::parse(text).ok();
+    match url.as_ref().map(Url::scheme) {
+        Some("https" | "http") => Ok(text.to_owned()),
+        _ => Err(format!(
+            "it must be the URL of an issuer, such as {GITHUB_ISSUER}"
+        )),
     }
 }
 
@@ -176,8 +206,9 @@ fn bucket(text: &str) -> Result<Bucket, String> {
 }
 
 fn public_url(text: &str) -> Result<String, String> {
-    let url = url::Url::parse(text).map_err(|error| error.to_string())?;
-    if !matches!(url.scheme(), "http" | "https") || url.query().is_some() {
+    let url = Url::parse(text).ok();
+    let is_usable = |url: Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
+    if !url.is_some_and(is_usable) {
         return Err("it must begin with https:// or http:// and have no query".to_owned());
     }
     Ok(text.trim_end_matches('/').to_owned())
@@ -253,12 +284,22 @@ fn listed_tokens(text: &str) -> Result<Tokens, String> {
 }
 
 fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, ServeError> {
-    let path = path.to_owned();
-    std::fs::read(&path).map_err(|error| ServeError::File {
+    read_limited(path).map_err(|error| ServeError::File {
         option,
-        path,
+        path: path.to_owned(),
         error,
     })
+}
+
+fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(path)?
+        .take(FILE_LIMIT + 1)
+        .read_to_end(&mut content)?;
+    if content.len() as u64 > FILE_LIMIT {
+        return Err(io::Error::other("the file is larger than 1 MiB"));
+    }
+    Ok(content)
 }
 
 /// A secret from a file, without the line end that editors add.
@@ -499,6 +540,13 @@ mod tests {
             (["--max-size", "lots"], "--max-size"),
             (["--allow", "a/b/c"], "OWNER/NAME"),
             (["--max-unused", "week"], "--max-unused"),
+            (["--max-size", "0"], "--max-size"),
+            (["--max-size=-1", "--unchecked-tokens"], "--max-size"),
+            (["--max-entry-size", "0"], "--max-entry-size"),
+            (["--github-tokens", "foo"], "--github-tokens"),
+            (["--github-tokens", ""], "--github-tokens"),
+            (["--allow", "a"], "--github-tokens"),
+            (["--database", "foo"], "--database"),
             (["--public-url", "cache.example"], "--public-url"),
             (["--log-format", "xml"], "--log-format"),
             (["--s3-region", "eu"], "--blobs"),
@@ -549,6 +597,12 @@ mod tests {
         assert_eq!(secret("x", &path).unwrap(), b"secret");
         std::fs::write(&path, " \n").unwrap();
         assert!(secret("x", &path).is_err());
+        File::create(&path)
+            .unwrap()
+            .set_len(FILE_LIMIT + 1)
+            .unwrap();
+        let large = secret("x", &path).unwrap_err();
+        assert!(large.to_string().contains("larger than 1 MiB"), "{large}");
         let missing = secret("x", &folder.path().join("missing")).unwrap_err();
         assert!(missing.to_string().contains("--x"), "{missing}");
     }

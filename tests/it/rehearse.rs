@@ -1,29 +1,39 @@
 //! `sccache-action rehearse`: a whole job, cold and warm, on a machine with as little as can be.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::tools;
 
 /// A rehearsal that finds nothing but these programs on PATH, and the sccache that the tests have.
 fn rehearse(programs: &[&str], arguments: &[&str]) -> Output {
     let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("bin");
+    rehearsal(home.path(), programs, arguments)
+        .output()
+        .unwrap()
+}
+
+fn rehearsal(home: &Path, programs: &[&str], arguments: &[&str]) -> Command {
+    let path = home.join("bin");
     fs::create_dir(&path).unwrap();
     symlink(tools::sccache("0.16.0"), path.join("sccache")).unwrap();
     for program in programs {
         symlink(found(program), path.join(program)).unwrap();
     }
-    Command::new(env!("CARGO_BIN_EXE_sccache-action"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sccache-action"));
+    command
         .args(["rehearse", "--sccache", "0.16.0", "--install-from", "path"])
         .args(arguments)
         .env_clear()
-        .env("HOME", home.path())
-        .env("PATH", &path)
-        .output()
-        .unwrap()
+        .env("HOME", home)
+        .env("PATH", &path);
+    command
 }
 
 fn found(program: &str) -> std::path::PathBuf {
@@ -75,4 +85,33 @@ fn own_build(source: &Path) -> Vec<String> {
     let words = ["--", "sccache", "cc", "-c"].map(str::to_owned);
     let files = [source, Path::new("-o"), &object].map(|path| path.display().to_string());
     words.into_iter().chain(files).collect()
+}
+
+#[test]
+fn an_interrupted_rehearsal_leaves_no_server_and_no_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let folders = home.path().join("folders");
+    fs::create_dir(&folders).unwrap();
+    let build = "echo port=$SCCACHE_SERVER_PORT; exec sleep 600";
+    let programs = ["sh", "sleep", "cc", "as"];
+    let mut child = rehearsal(home.path(), &programs, &["--", "sh", "-c", build])
+        .env("TMPDIR", &folders)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut printed = BufReader::new(child.stdout.take().unwrap()).lines();
+    let port: u16 = printed
+        .find_map(|line| line.unwrap().strip_prefix("port=")?.parse().ok())
+        .unwrap();
+    TcpStream::connect(("127.0.0.1", port)).unwrap();
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let printed: Vec<String> = printed.map(Result::unwrap).collect();
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    let is_told = error.contains("interrupted; the servers of the job are stopped");
+    assert!(!output.status.success() && is_told, "{printed:?} {error}");
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+    let left: Vec<_> = fs::read_dir(&folders).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
-use sqlx::Executor;
 use sqlx::any::AnyPoolOptions;
+use sqlx::{AnyConnection, Connection, Executor};
 
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::in_place::InPlaceReader;
@@ -105,7 +105,14 @@ impl Catalog {
     }
 
     async fn open_postgres(PostgresUrl(url): &PostgresUrl) -> Result<Self, sqlx::Error> {
-        let pool = options().max_connections(CONNECTIONS).connect(url).await?;
+        let pool = match options().max_connections(CONNECTIONS).connect(url).await {
+            // It has tried again and again until then, and says nothing of why.
+            Err(sqlx::Error::PoolTimedOut) => {
+                AnyConnection::connect(url).await?.close().await?;
+                return Err(sqlx::Error::PoolTimedOut);
+            }
+            pool => pool?,
+        };
         let dialect = Dialect::Postgres;
         prepare(&pool, &schema(dialect)).await?;
         Ok(Self {
