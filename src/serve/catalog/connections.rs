@@ -23,11 +23,12 @@ const QUICK_CONNECTIONS: u32 = 3;
 
 /// The pages of SQLite's log at which a commit writes them back into the database. Usually a task
 /// beside the commits does this, so that they need not wait for it: see [`Catalog::checkpoint`].
-const LOG_PAGES: u32 = 8192;
+const LOG_PAGES: u32 = 4096;
 
-/// The size of a page of a new database of SQLite's, in bytes. A content of 20 KiB takes three
-/// pages of this size, and each is written twice with its own system call.
-const PAGE: u32 = 8192;
+/// The size of a page of a new database of SQLite's, in bytes. A content of 20 KiB takes one page of this
+/// size and a quarter of another. Each is written twice with its own system call, and larger pages cost a
+/// commit that is alone more.
+const PAGE: u32 = 16384;
 
 /// The address of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -111,7 +111,7 @@ mod tests {
         connection
             .execute_batch(
                 "PRAGMA journal_mode = WAL; \
-                 CREATE TABLE contents (blob BIGINT PRIMARY KEY, content BLOB NOT NULL); \
+                 CREATE TABLE contents (blob INTEGER PRIMARY KEY, content BLOB NOT NULL); \
                  INSERT INTO contents VALUES (7, x'616263')",
             )
             .unwrap();

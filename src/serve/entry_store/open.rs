@@ -35,7 +35,7 @@ pub enum OpenError {
     #[error("{} is in use by another cache service", .0.display())]
     InUse(PathBuf),
     /// A file or folder cannot be read or written.
-    #[error("{}: {error}", path.display())]
+    #[error("cannot use {}: {error}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
