@@ -86,13 +86,22 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
+        let message = error.to_string();
+        if !says(&text, &message) {
+            text = format!("{text}: {message}");
         }
         cause = error.source();
     }
     text
+}
+
+/// Whether `message` stands in `text`, and not as a part of other words.
+fn says(text: &str, message: &str) -> bool {
+    text.match_indices(message).any(|(begin, _)| {
+        let before = text[..begin].chars().next_back();
+        let after = text[begin + message.len()..].chars().next();
+        !before.into_iter().chain(after).any(char::is_alphanumeric)
+    })
 }
 
 #[cfg(test)]
@@ -132,9 +141,9 @@ mod tests {
             source: Option<Box<Self>>,
         }
         let chain = [
-            "cannot ask: refused",
-            "refused",
-            "cannot ask: refused",
+            "cannot ask: code 70",
+            "code 70",
+            "cannot ask: code 70",
             "code 7",
         ];
         let failure = chain.into_iter().rev().fold(None, |source, message| {
@@ -142,7 +151,7 @@ mod tests {
         });
         assert_eq!(
             with_causes(&*failure.unwrap()),
-            "cannot ask: refused: code 7"
+            "cannot ask: code 70: code 7"
         );
     }
 

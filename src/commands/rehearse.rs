@@ -130,6 +130,9 @@ pub enum RehearsalError {
     /// The process was told to end.
     #[error("interrupted; the servers of the job are stopped")]
     Interrupted,
+    /// The process was told to end, and the post step was interrupted too or failed.
+    #[error("interrupted, and the post step failed: the servers of the job may still run")]
+    ServersLeft,
     /// A step could not be run at all.
     #[error("cannot run the step `{step}`: {error}")]
     NotRun {
@@ -178,26 +181,35 @@ pub struct JobResult {
 /// meanwhile; other errors if the working directory, the cache service or the sample cannot be prepared.
 pub async fn run(rehearsal: &Rehearsal) -> Result<Vec<JobResult>, RehearsalError> {
     let told_to_end = stop_signal()?;
-    let stopped = CancellationToken::new();
+    let stop = Stop::default();
     let waiting = tokio::spawn({
-        let stopped = stopped.clone();
+        let stop = stop.clone();
         async move {
             told_to_end.await;
-            stopped.cancel();
+            stop.build.cancel();
+            if let Ok(told_again) = stop_signal() {
+                told_again.await;
+                stop.post_step.cancel();
+            }
         }
     });
-    let results = run_until(rehearsal, &stopped).await;
+    let results = run_until(rehearsal, &stop).await;
     waiting.abort();
     match results {
-        Err(_) if stopped.is_cancelled() => Err(RehearsalError::Interrupted),
+        Err(RehearsalError::ServersLeft) => Err(RehearsalError::ServersLeft),
+        Err(_) if stop.build.is_cancelled() => Err(RehearsalError::Interrupted),
         results => results,
     }
 }
 
-async fn run_until(
-    rehearsal: &Rehearsal,
-    stopped: &CancellationToken,
-) -> Result<Vec<JobResult>, RehearsalError> {
+/// What ends when the process is told to end: first the build, then the post step too.
+#[derive(Clone, Debug, Default)]
+struct Stop {
+    build: CancellationToken,
+    post_step: CancellationToken,
+}
+
+async fn run_until(rehearsal: &Rehearsal, stop: &Stop) -> Result<Vec<JobResult>, RehearsalError> {
     let stage = tempfile::Builder::new()
         .prefix("sccache-action-rehearsal-")
         .tempdir()?;
@@ -227,7 +239,7 @@ async fn run_until(
         environment.set("RUNNER_TOOL_CACHE", tools.display().to_string());
     }
     let build = match rehearsal.build.as_slice() {
-        [] => sample_build(stage.path(), &environment, stopped).await?,
+        [] => sample_build(stage.path(), &environment, &stop.build).await?,
         build => Build {
             commands: vec![build.to_vec()],
             in_workspace: false,
@@ -243,7 +255,7 @@ async fn run_until(
             program: &rehearsal.program,
             build: &build,
             stage,
-            stopped: stopped.clone(),
+            stop,
         };
         results.push(job.run(&running).await?);
     }
@@ -425,12 +437,15 @@ async fn run_in(
     environment: &Environment,
     stopped: &CancellationToken,
 ) -> io::Result<ExitStatus> {
-    let mut child = command
+    command
         .env_clear()
         .envs(environment.iter())
         .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
+        .kill_on_drop(true);
+    // A step may start others, which end with it.
+    #[cfg(unix)]
+    command.process_group(0);
+    let mut child = command.spawn()?;
     tokio::select! {
         status = child.wait() => status,
         () = stopped.cancelled() => {
@@ -440,16 +455,18 @@ async fn run_in(
     }
 }
 
-/// Asks a step to end, so that it ends what it has started itself. It is killed if it does not.
+/// Asks a step, and what it has started, to end. What does not is killed.
 async fn end(child: &mut Child) {
     #[cfg(unix)]
-    if let Some(process) = child
+    if let Some(group) = child
         .id()
         .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()))
     {
+        use rustix::process::{Signal, kill_process_group};
         // A process that has ended meanwhile is still this one's child, so the number is nobody else's.
-        let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
+        let _ = kill_process_group(group, Signal::TERM);
         let _ = tokio::time::timeout(TIME_TO_END, child.wait()).await;
+        let _ = kill_process_group(group, Signal::KILL);
     }
     let _ = child.kill().await;
 }
@@ -470,21 +487,30 @@ struct Job<'a> {
     program: &'a Path,
     build: &'a Build,
     stage: SimulatedRunner,
-    stopped: CancellationToken,
+    stop: &'a Stop,
 }
 
 impl Job<'_> {
-    async fn run(mut self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
+    async fn run(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
         let result = self.run_steps(service).await;
+        if result.is_ok() {
+            return result;
+        }
         // A runner always runs the post step, of a cancelled job too; without it the job's servers would
         // stay.
-        self.stopped = CancellationToken::new();
-        if result.is_err()
-            && let Ok(environment) = self.stage.post_step()
-        {
-            let _ = self.own_step("report", &environment).await;
+        let command = [self.program.as_os_str(), "report".as_ref()];
+        let folder = Some(&*self.stage.workspace);
+        let done = match self.stage.post_step() {
+            Ok(environment) => {
+                let stopped = &self.stop.post_step;
+                self.step(&command, &environment, folder, stopped).await
+            }
+            Err(error) => Err(error.into()),
+        };
+        match done {
+            Err(_) if self.stop.build.is_cancelled() => Err(RehearsalError::ServersLeft),
+            _ => result,
         }
-        result
     }
 
     async fn run_steps(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
@@ -493,9 +519,10 @@ impl Job<'_> {
         let setup = self.own_step("setup", &stage.environment).await?;
         let later = stage.later_step()?;
         let folder = self.build.in_workspace.then_some(&*stage.workspace);
+        let stopped = &self.stop.build;
         let mut build = Duration::ZERO;
         for command in &self.build.commands {
-            build += self.step(command, &later, folder).await?;
+            build += self.step(command, &later, folder, stopped).await?;
         }
         let report = self.own_step("report", &stage.post_step()?).await?;
         let summary = stage.read("GITHUB_STEP_SUMMARY")?;
@@ -521,7 +548,8 @@ impl Job<'_> {
         environment: &Environment,
     ) -> Result<Duration, RehearsalError> {
         let command = [self.program.as_os_str(), name.as_ref()];
-        self.step(&command, environment, Some(&self.stage.workspace))
+        let folder = Some(&*self.stage.workspace);
+        self.step(&command, environment, folder, &self.stop.build)
             .await
     }
 
@@ -531,6 +559,7 @@ impl Job<'_> {
         command: &[impl AsRef<std::ffi::OsStr>],
         environment: &Environment,
         folder: Option<&Path>,
+        stopped: &CancellationToken,
     ) -> Result<Duration, RehearsalError> {
         let words: Vec<String> = command
             .iter()
@@ -545,12 +574,13 @@ impl Job<'_> {
         if let Some(folder) = folder {
             step.current_dir(folder);
         }
-        let status = run_in(step, environment, &self.stopped)
-            .await
-            .map_err(|error| RehearsalError::NotRun {
-                step: words.join(" "),
-                error,
-            })?;
+        let status =
+            run_in(step, environment, stopped)
+                .await
+                .map_err(|error| RehearsalError::NotRun {
+                    step: words.join(" "),
+                    error,
+                })?;
         if !status.success() {
             return Err(RehearsalError::Step {
                 step: words.join(" "),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use tracing::level_filters::LevelFilter;
 use tracing::{info, warn};
@@ -36,12 +36,6 @@ const DEFAULT_SCOPE: &str = "refs/heads/main";
 
 /// How the service is set up. Each option may be given as the variable that its help names.
 #[derive(Clone, Debug, Args)]
-#[command(group = ArgGroup::new("tokens_of_jobs").multiple(true).args([
-    "github_tokens",
-    "token_secret_file",
-    "forgejo_secret_file",
-    "unchecked_tokens",
-]))]
 pub struct ServeOptions {
     /// The address to listen at. Other machines can reach any address but 127.0.0.1
     #[arg(long, env = "SCCACHE_ACTION_LISTEN", default_value = "127.0.0.1:8089")]
@@ -104,8 +98,7 @@ pub struct ServeOptions {
         long,
         env = "SCCACHE_ACTION_ALLOW",
         value_name = "OWNER[/NAME]",
-        value_delimiter = ',',
-        requires = "tokens_of_jobs"
+        value_delimiter = ','
     )]
     pub allow: Vec<AllowedRepository>,
 
@@ -234,6 +227,12 @@ pub enum ServeError {
     /// A secret is empty.
     #[error("--{0}: the file is empty")]
     EmptySecret(&'static str),
+    /// Repositories are listed, and no option accepts the tokens of their jobs.
+    #[error(
+        "--allow: it has no effect without --github-tokens, --token-secret-file, \
+         --forgejo-secret-file or --unchecked-tokens"
+    )]
+    NoTokensOfJobs,
     /// The HTTP client could not be made.
     #[error("cannot create an HTTP client: {0}")]
     Client(#[from] reqwest::Error),
@@ -376,10 +375,11 @@ impl ServeOptions {
                 allowed,
             ));
         }
-        let asked = self.token_file.is_some()
-            || authenticator.forgejo.is_some()
-            || !authenticator.runtime.is_empty();
-        if asked {
+        let accepts_jobs = authenticator.forgejo.is_some() || !authenticator.runtime.is_empty();
+        if !accepts_jobs && !self.allow.is_empty() {
+            return Err(ServeError::NoTokensOfJobs);
+        }
+        if accepts_jobs || self.token_file.is_some() {
             return Ok((authenticator, None));
         }
         let (token, tokens) =
@@ -449,7 +449,11 @@ pub async fn run(options: ServeOptions) -> Result<(), ServeError> {
             most => Some(most),
         },
     };
-    let mut running = server::start(config).await?;
+    let mut stop = std::pin::pin!(stop);
+    let mut running = tokio::select! {
+        started = server::start(config) => started?,
+        () = &mut stop => return Ok(()),
+    };
     println!("ACTIONS_RESULTS_URL={}", running.url());
     println!("ACTIONS_CACHE_URL={}", running.url());
     if let Some(token) = token {
@@ -458,7 +462,7 @@ pub async fn run(options: ServeOptions) -> Result<(), ServeError> {
     info!("listening at {}", running.address());
     tokio::select! {
         ended = running.ended() => ended?,
-        () = stop => {
+        () = &mut stop => {
             info!("shutting down after the requests in flight");
             running.shutdown().await?;
         }
@@ -545,7 +549,6 @@ mod tests {
             (["--max-entry-size", "0"], "--max-entry-size"),
             (["--github-tokens", "foo"], "--github-tokens"),
             (["--github-tokens", ""], "--github-tokens"),
-            (["--allow", "a"], "--github-tokens"),
             (["--database", "foo"], "--database"),
             (["--public-url", "cache.example"], "--public-url"),
             (["--log-format", "xml"], "--log-format"),
@@ -555,6 +558,18 @@ mod tests {
             let error = Line::try_parse_from(line).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
+    }
+
+    #[test]
+    fn a_list_of_repositories_without_tokens_of_their_jobs_is_refused() {
+        let listed = options(&["--allow", "a"]);
+        let error = listed.authenticator().unwrap_err().to_string();
+        assert!(
+            error.contains("--allow") && error.contains("--github-tokens"),
+            "{error}"
+        );
+        let accepted = options(&["--allow", "a", "--unchecked-tokens"]);
+        assert!(accepted.authenticator().is_ok());
     }
 
     #[test]

@@ -92,7 +92,8 @@ fn an_interrupted_rehearsal_leaves_no_server_and_no_folder() {
     let home = tempfile::tempdir().unwrap();
     let folders = home.path().join("folders");
     fs::create_dir(&folders).unwrap();
-    let build = "echo port=$SCCACHE_SERVER_PORT; exec sleep 600";
+    // The shell waits for another process, which must end too.
+    let build = "echo port=$SCCACHE_SERVER_PORT; sleep 600; true";
     let programs = ["sh", "sleep", "cc", "as"];
     let mut child = rehearsal(home.path(), &programs, &["--", "sh", "-c", build])
         .env("TMPDIR", &folders)

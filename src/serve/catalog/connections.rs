@@ -7,6 +7,7 @@ use std::time::Duration;
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use sqlx::any::AnyPoolOptions;
 use sqlx::{AnyConnection, Connection, Executor};
+use tokio::time::timeout;
 
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::in_place::InPlaceReader;
@@ -14,6 +15,9 @@ use crate::serve::catalog::schema::{Dialect, prepare, schema};
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(30);
+
+/// How long one more connection is tried whose error says why there is none.
+const CAUSE_WAIT: Duration = Duration::from_secs(5);
 
 /// Connections to PostgreSQL, and those to SQLite that only read.
 const CONNECTIONS: u32 = 8;
@@ -95,12 +99,13 @@ impl Catalog {
         let read = open(CONNECTIONS, &pragmas).await?;
         let quick = open(QUICK_CONNECTIONS, &pragmas).await?;
         let dialect = Dialect::Sqlite;
+        let threads = tokio::runtime::Handle::current().metrics().num_workers();
         prepare(&write, &schema(dialect)).await?;
         Ok(Self {
             read,
             quick,
             write,
-            in_place: Some(Arc::new(InPlaceReader::new(path))),
+            in_place: Some(Arc::new(InPlaceReader::new(path, threads))),
             dialect,
         })
     }
@@ -109,8 +114,11 @@ impl Catalog {
         let pool = match options().max_connections(CONNECTIONS).connect(url).await {
             // It has tried again and again until then, and says nothing of why.
             Err(sqlx::Error::PoolTimedOut) => {
-                AnyConnection::connect(url).await?.close().await?;
-                return Err(sqlx::Error::PoolTimedOut);
+                let again = timeout(CAUSE_WAIT, AnyConnection::connect(url));
+                return Err(match again.await {
+                    Ok(Err(cause)) => cause,
+                    _ => sqlx::Error::PoolTimedOut,
+                });
             }
             pool => pool?,
         };

@@ -1,9 +1,12 @@
 //! Reads small contents from SQLite in the thread that asks. Each other query crosses to the database's
 //! own thread and back, which costs about as much as this read.
+//!
+//! A read that waits for the disk stops a thread of the runtime. So one of its threads never reads, and after
+//! a slow read the database's own threads make the next ones.
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -27,28 +30,46 @@ pub(super) struct InPlaceReader {
     idle: Mutex<Option<Vec<Connection>>>,
     /// How many reads are still to be left to the database's own threads.
     skipped: AtomicU32,
+    /// How many threads read now, and how many may.
+    reading: AtomicUsize,
+    most: usize,
+}
+
+/// A thread that reads, until this is dropped.
+struct Reading<'a>(&'a AtomicUsize);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl InPlaceReader {
-    /// A reader of the database at `path`, which opens its connections when they are needed.
-    pub(super) fn new(path: &Path) -> Self {
+    /// A reader of the database at `path` for a runtime of so many `threads`. It opens its connections when
+    /// they are needed.
+    pub(super) fn new(path: &Path, threads: usize) -> Self {
         Self {
             path: path.to_owned(),
             idle: Mutex::new(Some(Vec::new())),
             skipped: AtomicU32::new(0),
+            reading: AtomicUsize::new(0),
+            most: threads.saturating_sub(1),
         }
     }
 
-    /// The bytes of `blob`, if the database has it. `None` if it must be asked otherwise: the disk was slow
-    /// lately, the reader is closed, or the read failed.
+    /// The bytes of `blob`, if the database has it. `None` if it must be asked otherwise: all other threads
+    /// read, the disk was slow lately, the reader is closed, or the read failed.
     pub(super) fn read(&self, blob: BlobId) -> Option<Option<Bytes>> {
-        if !self.may_read() {
-            return None;
-        }
+        let _reading = self.begin()?;
         let begun = Instant::now();
+        let content = self.content(blob);
+        self.observe(begun.elapsed());
+        content
+    }
+
+    fn content(&self, blob: BlobId) -> Option<Option<Bytes>> {
         let connection = self.take()?;
         let content = content(&connection, blob).ok();
-        self.observe(begun.elapsed());
         if let Ok(mut idle) = self.idle.lock()
             && let Some(idle) = &mut *idle
         {
@@ -69,11 +90,19 @@ impl InPlaceReader {
         idle.or_else(|| open(&self.path).ok())
     }
 
-    fn may_read(&self) -> bool {
+    /// `None` if this thread must not read now.
+    fn begin(&self) -> Option<Reading<'_>> {
         let one_less = |left: u32| left.checked_sub(1);
-        self.skipped
+        let is_skipped = self
+            .skipped
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
-            .is_err()
+            .is_ok();
+        if is_skipped {
+            return None;
+        }
+        let before = self.reading.fetch_add(1, Ordering::Relaxed);
+        let reading = Reading(&self.reading);
+        (before < self.most).then_some(reading)
     }
 
     fn observe(&self, read: Duration) {
@@ -121,7 +150,7 @@ mod tests {
     #[test]
     fn a_content_is_read_and_one_that_is_not_there_is_known_to_be_missing() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = InPlaceReader::new(&database(folder.path()));
+        let reader = InPlaceReader::new(&database(folder.path()), 2);
         for _ in 0..2 {
             let content = reader.read(BlobId(7));
             assert_eq!(content, Some(Some(Bytes::from_static(b"abc"))));
@@ -132,7 +161,7 @@ mod tests {
     #[test]
     fn after_a_slow_read_the_databases_own_threads_make_the_next_ones() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = InPlaceReader::new(&database(folder.path()));
+        let reader = InPlaceReader::new(&database(folder.path()), 2);
         reader.observe(SLOW);
         assert!(reader.read(BlobId(7)).is_some());
         reader.observe(SLOW + Duration::from_nanos(1));
@@ -141,13 +170,28 @@ mod tests {
     }
 
     #[test]
+    fn one_thread_of_the_runtime_never_reads() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = database(folder.path());
+        assert_eq!(InPlaceReader::new(&path, 1).read(BlobId(7)), None);
+        let reader = InPlaceReader::new(&path, 3);
+        let first = reader.begin().unwrap();
+        let second = reader.begin().unwrap();
+        assert_eq!(reader.read(BlobId(7)), None);
+        drop(first);
+        assert!(reader.read(BlobId(7)).is_some());
+        drop(second);
+        assert_eq!(reader.reading.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn a_database_that_cannot_be_read_and_a_closed_reader_leave_the_read_to_others() {
         let folder = tempfile::tempdir().unwrap();
-        let missing = InPlaceReader::new(&folder.path().join("missing"));
+        let missing = InPlaceReader::new(&folder.path().join("missing"), 2);
         assert_eq!(missing.read(BlobId(7)), None);
         assert!(!folder.path().join("missing").exists());
         let path = database(folder.path());
-        let reader = InPlaceReader::new(&path);
+        let reader = InPlaceReader::new(&path, 2);
         assert!(reader.read(BlobId(7)).is_some());
         let log = folder.path().join("catalog-wal");
         assert!(log.exists());
