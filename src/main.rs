@@ -60,16 +60,21 @@ fn explain(error: &clap::Error) -> ExitCode {
 
 fn dispatch(command: Command) -> Result<ExitCode, Failure> {
     // The steps wait for one thing at a time; a second thread would only cost its start.
-    let runtime = match command {
+    let mut runtime = match command {
         Command::Setup
         | Command::Report
         | Command::Stats { .. }
         | Command::Caches(_)
         | Command::Doctor { .. } => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    // All processors may read contents, and one more thread answers meanwhile.
+    #[cfg(feature = "serve")]
+    if let Command::Serve(_) = command {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        runtime.worker_threads(processors + 1);
     }
-    .enable_all()
-    .build()?;
+    let runtime = runtime.enable_all().build()?;
     runtime.block_on(run(command))
 }
 

@@ -13,7 +13,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
@@ -42,6 +42,10 @@ impl Default for ClientTimeouts {
         }
     }
 }
+
+/// How many connections wait until they are accepted, if the system allows so many. A client beyond them
+/// tries again only after a second, and then after two more.
+const BACKLOG: u32 = 4096;
 
 /// How often the store is swept.
 pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
@@ -190,6 +194,18 @@ impl Drop for RunningServer {
     }
 }
 
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // On Windows this would let another process take the address.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Starts a service as `config` says.
 ///
 /// # Errors
@@ -206,7 +222,7 @@ pub async fn start(config: ServerConfig) -> Result<RunningServer, ServiceError> 
     } = config;
     let store = EntryStore::open(&storage, system_clock()).await?;
     let listen_error = |error| ServiceError::Listen { address, error };
-    let listener = TcpListener::bind(address).await.map_err(listen_error)?;
+    let listener = listen(address).map_err(listen_error)?;
     let address = listener.local_addr().map_err(listen_error)?;
     let signer = store.signer();
     let shared = AppState {
