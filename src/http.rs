@@ -100,6 +100,13 @@ impl Pace {
     }
 }
 
+/// The URL that `text` is, if it names something that this client can ask for: by `http` or `https`. The
+/// URLs of these two always have a host.
+pub fn parse_url(text: &str) -> Option<Url> {
+    let url = Url::parse(text).ok()?;
+    matches!(url.scheme(), "http" | "https").then_some(url)
+}
+
 /// The name that servers see. GitHub's API refuses requests without one.
 const USER_AGENT: &str = concat!("sccache-action/", env!("CARGO_PKG_VERSION"));
 

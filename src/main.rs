@@ -49,10 +49,10 @@ fn main() -> ExitCode {
 /// reads it, with colours.
 fn explain(error: &clap::Error) -> ExitCode {
     // If it cannot be printed, nobody reads it.
-    let text = || without_commands(&error.render().to_string());
+    let text = error.render().to_string();
     let _ = match error.use_stderr() {
-        true if !io::stderr().is_terminal() => write!(io::stderr(), "{}", text()),
-        false if !io::stdout().is_terminal() => write!(io::stdout(), "{}", text()),
+        true if !io::stderr().is_terminal() => write!(io::stderr(), "{}", without_commands(&text)),
+        false if !io::stdout().is_terminal() => print(&text),
         _ => error.print(),
     };
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))

@@ -8,6 +8,7 @@ use url::Url;
 
 use crate::action::mode::Mode;
 use crate::github;
+use crate::http;
 use crate::install::{Checksum, RELEASES_URL, Source, VersionSpec};
 use crate::runner::environment::Environment;
 
@@ -230,11 +231,7 @@ fn sources(text: &str) -> Result<Vec<Source>, InputError> {
 
 fn mirror(text: &str) -> Result<Url, InputError> {
     let accepts = "it accepts a base URL such as `https://mirror.example/sccache`";
-    let url = Url::parse(text).map_err(|_| bad("mirror", text, accepts))?;
-    if !matches!(url.scheme(), "https" | "http") || url.cannot_be_a_base() {
-        return Err(bad("mirror", text, accepts));
-    }
-    Ok(url)
+    http::parse_url(text).ok_or_else(|| bad("mirror", text, accepts))
 }
 
 fn mode(text: &str) -> Result<Mode, InputError> {

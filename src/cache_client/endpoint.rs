@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use crate::http::BearerToken;
+use crate::http::{self, BearerToken};
 use crate::runner::environment::Environment;
 
 /// Which protocol a service speaks.
@@ -87,9 +87,7 @@ fn is_githubs(environment: &Environment) -> bool {
 
 /// `url` in the form that paths can be appended to.
 fn base(url: &str) -> Option<Url> {
-    let mut url = Url::parse(url)
-        .ok()
-        .filter(|url| matches!(url.scheme(), "http" | "https"))?;
+    let mut url = http::parse_url(url)?;
     url.set_query(None);
     url.set_fragment(None);
     if !url.path().ends_with('/') {

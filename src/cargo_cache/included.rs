@@ -13,8 +13,9 @@ use std::path::Path;
 use memchr::memmem;
 use object::read::archive::ArchiveFile;
 
-use crate::cargo_cache::files::{is_plain, read_limited};
+use crate::cargo_cache::files::is_plain;
 use crate::cargo_cache::manifest::{CachePart, FileKind};
+use crate::packs::local_file::read_limited;
 
 /// The largest library that this reads, in bytes.
 const LIBRARY_LIMIT: u64 = 256 << 20;

@@ -498,12 +498,10 @@ impl Job<'_> {
         }
         // A runner always runs the post step, of a cancelled job too; without it the job's servers would
         // stay.
-        let command = [self.program.as_os_str(), "report".as_ref()];
-        let folder = Some(&*self.stage.workspace);
         let done = match self.stage.post_step() {
             Ok(environment) => {
                 let stopped = &self.stop.post_step;
-                self.step(&command, &environment, folder, stopped).await
+                self.own_step("report", &environment, stopped).await
             }
             Err(error) => Err(error.into()),
         };
@@ -516,15 +514,17 @@ impl Job<'_> {
     async fn run_steps(&self, service: &TemporaryService) -> Result<JobResult, RehearsalError> {
         let stage = &self.stage;
         let before = service.counters();
-        let setup = self.own_step("setup", &stage.environment).await?;
+        let stopped = &self.stop.build;
+        let setup = self.own_step("setup", &stage.environment, stopped).await?;
         let later = stage.later_step()?;
         let folder = self.build.in_workspace.then_some(&*stage.workspace);
-        let stopped = &self.stop.build;
         let mut build = Duration::ZERO;
         for command in &self.build.commands {
             build += self.step(command, &later, folder, stopped).await?;
         }
-        let report = self.own_step("report", &stage.post_step()?).await?;
+        let report = self
+            .own_step("report", &stage.post_step()?, stopped)
+            .await?;
         let summary = stage.read("GITHUB_STEP_SUMMARY")?;
         let headline = summary
             .lines()
@@ -546,11 +546,11 @@ impl Job<'_> {
         &self,
         name: &str,
         environment: &Environment,
+        stopped: &CancellationToken,
     ) -> Result<Duration, RehearsalError> {
         let command = [self.program.as_os_str(), name.as_ref()];
         let folder = Some(&*self.stage.workspace);
-        self.step(&command, environment, folder, &self.stop.build)
-            .await
+        self.step(&command, environment, folder, stopped).await
     }
 
     /// Runs a step to its end and returns its duration.

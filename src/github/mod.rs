@@ -5,9 +5,9 @@ pub mod caches;
 use octocrab::Octocrab;
 use octocrab::models::repos::Release;
 use semver::Version;
-use url::Url;
 
 use crate::format::with_causes;
+use crate::http;
 
 /// GitHub's public API.
 pub const API_URL: &str = "https://api.github.com";
@@ -41,12 +41,11 @@ pub fn is_token(text: &str) -> bool {
 /// # Errors
 /// [`ClientError`] if `api_url` is no URL or `token` no token.
 pub fn client(
-    http: reqwest::Client,
+    client: reqwest::Client,
     api_url: &str,
     token: Option<&str>,
 ) -> Result<Octocrab, ClientError> {
-    let url = Url::parse(api_url).ok();
-    if !url.is_some_and(|url| ["http", "https"].contains(&url.scheme()) && url.has_host()) {
+    if http::parse_url(api_url).is_none() {
         return Err(ClientError::Url(api_url.to_owned()));
     }
     let mut builder = Octocrab::builder().base_uri(api_url)?;
@@ -56,7 +55,7 @@ pub fn client(
         }
         builder = builder.personal_token(token.to_owned());
     }
-    Ok(builder.build_with_reqwest(http)?)
+    Ok(builder.build_with_reqwest(client)?)
 }
 
 /// The version of the latest release of `owner/repository`.
@@ -120,7 +119,7 @@ pub fn explain(error: &octocrab::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::{self, Timeouts};
+    use crate::http::Timeouts;
 
     fn refused(api_url: &str, token: Option<&str>) -> Option<ClientError> {
         let http = http::build(Timeouts::default()).unwrap();

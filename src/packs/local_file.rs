@@ -25,6 +25,22 @@ pub fn free(path: &Path) -> Option<u64> {
     fs4::available_space(path).ok()
 }
 
+/// The bytes of a file.
+///
+/// # Errors
+/// [`io::ErrorKind::FileTooLarge`] if it has more than `limit` bytes, or any error of reading it.
+pub(crate) fn read_limited(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = File::open(path)?
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    if read as u64 > limit {
+        Err(io::ErrorKind::FileTooLarge.into())
+    } else {
+        Ok(bytes)
+    }
+}
+
 impl LocalFile {
     /// A new, empty file at `path`.
     ///

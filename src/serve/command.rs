@@ -1,8 +1,7 @@
 //! `sccache-action serve`: the standalone cache service, for self-hosted runners, act, Gitea and
 //! Forgejo.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +20,7 @@ use crate::cache_protocol::store::Scope;
 use crate::cache_protocol::{self, Authenticator};
 use crate::http::BearerToken;
 use crate::http::{self, Timeouts};
+use crate::packs::local_file::read_limited;
 use crate::serve::blob_store::{Bucket, Location};
 use crate::serve::catalog::{Database, PostgresUrl};
 use crate::serve::entry_store::{StorageConfig, StoreLimits};
@@ -176,10 +176,9 @@ fn limit(text: &str) -> Result<ByteSize, String> {
 }
 
 fn issuer(text: &str) -> Result<String, String> {
-    let url = Url::parse(text).ok();
-    match url.as_ref().map(Url::scheme) {
-        Some("https" | "http") => Ok(text.to_owned()),
-        _ => Err(format!(
+    match http::parse_url(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!(
             "it must be the URL of an issuer, such as {GITHUB_ISSUER}"
         )),
     }
@@ -199,12 +198,10 @@ fn bucket(text: &str) -> Result<Bucket, String> {
 }
 
 fn public_url(text: &str) -> Result<String, String> {
-    let url = Url::parse(text).ok();
-    let is_usable = |url: Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
-    if !url.is_some_and(is_usable) {
-        return Err("it must begin with https:// or http:// and have no query".to_owned());
+    match http::parse_url(text) {
+        Some(url) if url.query().is_none() => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err("it must begin with https:// or http:// and have no query".to_owned()),
     }
-    Ok(text.trim_end_matches('/').to_owned())
 }
 
 /// The reason why the service could not start, or ended.
@@ -283,22 +280,14 @@ fn listed_tokens(text: &str) -> Result<Tokens, String> {
 }
 
 fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, ServeError> {
-    read_limited(path).map_err(|error| ServeError::File {
+    read_limited(path, FILE_LIMIT).map_err(|error| ServeError::File {
         option,
         path: path.to_owned(),
-        error,
+        error: match error.kind() {
+            io::ErrorKind::FileTooLarge => io::Error::other("the file is larger than 1 MiB"),
+            _ => error,
+        },
     })
-}
-
-fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    File::open(path)?
-        .take(FILE_LIMIT + 1)
-        .read_to_end(&mut content)?;
-    if content.len() as u64 > FILE_LIMIT {
-        return Err(io::Error::other("the file is larger than 1 MiB"));
-    }
-    Ok(content)
 }
 
 /// A secret from a file, without the line end that editors add.
@@ -612,7 +601,7 @@ mod tests {
         assert_eq!(secret("x", &path).unwrap(), b"secret");
         std::fs::write(&path, " \n").unwrap();
         assert!(secret("x", &path).is_err());
-        File::create(&path)
+        std::fs::File::create(&path)
             .unwrap()
             .set_len(FILE_LIMIT + 1)
             .unwrap();

@@ -23,22 +23,6 @@ const LONG_CONTENT: u64 = 256 * 1024;
 /// How much of a file is in memory at once, in bytes.
 const CHUNK_SIZE: usize = 256 * 1024;
 
-/// The bytes of a file.
-///
-/// # Errors
-/// [`io::ErrorKind::FileTooLarge`] if it has more than `limit` bytes, or any error of reading it.
-pub(crate) fn read_limited(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let read = File::open(path)?
-        .take(limit.saturating_add(1))
-        .read_to_end(&mut bytes)?;
-    if read as u64 > limit {
-        Err(io::ErrorKind::FileTooLarge.into())
-    } else {
-        Ok(bytes)
-    }
-}
-
 /// Searches the bytes that are read for paths.
 struct Search<'a> {
     paths: Vec<Finder<'a>>,

@@ -19,7 +19,6 @@ pub use extract::{Checkpoint, Conditions, PART_LIMIT, exists, extract};
 pub use folders::set_folder_time;
 pub use texts::mark_texts;
 
-pub(crate) use content::read_limited;
 pub(crate) use folders::{make_below, open_below};
 pub(crate) use paths::is_inside;
 pub(crate) use staged::STAGING;

@@ -1,12 +1,12 @@
 //! Replaces the root's path in texts with a placeholder, and the placeholder with a path.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
 use memchr::memmem::Finder;
 
 use crate::cargo_cache::manifest::{FileEntry, FileKind};
+use crate::packs::local_file::read_limited;
 
 /// The longest text in which the root's path is replaced, in bytes.
 pub(super) const TEXT_LIMIT: u64 = 16 << 20;
@@ -17,11 +17,11 @@ pub(super) const PLACEHOLDER: &[u8] = b"\0root\0";
 /// The text at `path` with a placeholder for each occurrence of `root`. `None` if it has none, is too long,
 /// or is no text.
 pub(super) fn marked(root: &Path, path: &Path) -> io::Result<Option<Vec<u8>>> {
-    let mut text = Vec::new();
-    let read = File::open(path)?
-        .take(TEXT_LIMIT + 1)
-        .read_to_end(&mut text)?;
-    if read as u64 > TEXT_LIMIT || text.contains(&0) {
+    let text = match read_limited(path, TEXT_LIMIT) {
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Ok(None),
+        text => text?,
+    };
+    if text.contains(&0) {
         return Ok(None);
     }
     let marked = replaced(&text, root.as_os_str().as_encoded_bytes(), PLACEHOLDER);

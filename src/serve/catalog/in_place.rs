@@ -6,11 +6,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::rows::number;
@@ -30,18 +31,8 @@ pub(super) struct InPlaceReader {
     idle: Mutex<Option<Vec<Connection>>>,
     /// How many reads are still to be left to the database's own threads.
     skipped: AtomicU32,
-    /// How many threads read now, and how many may.
-    reading: AtomicUsize,
-    most: usize,
-}
-
-/// A thread that reads, until this is dropped.
-struct Reading<'a>(&'a AtomicUsize);
-
-impl Drop for Reading<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    /// A permit for each thread that may read.
+    readers: Semaphore,
 }
 
 impl InPlaceReader {
@@ -52,15 +43,14 @@ impl InPlaceReader {
             path: path.to_owned(),
             idle: Mutex::new(Some(Vec::new())),
             skipped: AtomicU32::new(0),
-            reading: AtomicUsize::new(0),
-            most: threads.saturating_sub(1),
+            readers: Semaphore::new(threads.saturating_sub(1)),
         }
     }
 
     /// The bytes of `blob`, if the database has it. `None` if it must be asked otherwise: all other threads
     /// read, the disk was slow lately, the reader is closed, or the read failed.
     pub(super) fn read(&self, blob: BlobId) -> Option<Option<Bytes>> {
-        let _reading = self.begin()?;
+        let _permit = self.begin()?;
         let begun = Instant::now();
         let content = self.content(blob);
         self.observe(begun.elapsed());
@@ -91,7 +81,7 @@ impl InPlaceReader {
     }
 
     /// `None` if this thread must not read now.
-    fn begin(&self) -> Option<Reading<'_>> {
+    fn begin(&self) -> Option<SemaphorePermit<'_>> {
         let one_less = |left: u32| left.checked_sub(1);
         let is_skipped = self
             .skipped
@@ -100,9 +90,7 @@ impl InPlaceReader {
         if is_skipped {
             return None;
         }
-        let before = self.reading.fetch_add(1, Ordering::Relaxed);
-        let reading = Reading(&self.reading);
-        (before < self.most).then_some(reading)
+        self.readers.try_acquire().ok()
     }
 
     fn observe(&self, read: Duration) {
@@ -181,7 +169,7 @@ mod tests {
         drop(first);
         assert!(reader.read(BlobId(7)).is_some());
         drop(second);
-        assert_eq!(reader.reading.load(Ordering::Relaxed), 0);
+        assert_eq!(reader.readers.available_permits(), 2);
     }
 
     #[test]
