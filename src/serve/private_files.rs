@@ -86,6 +86,18 @@ pub fn file(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// Creates the file at `path` for this user alone, to be read and written.
+///
+/// # Errors
+/// [`io::ErrorKind::AlreadyExists`] if it is there, or another error if it cannot be made.
+pub fn new_file(path: &Path) -> io::Result<fs::File> {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
 /// Sets the mode of `path` to `ours` if its current `mode` gives rights to others.
 #[cfg(unix)]
 fn narrow(path: &Path, mode: u32, ours: u32) -> io::Result<bool> {
@@ -114,6 +126,10 @@ mod tests {
         let path = inner.join("file");
         assert!(folder(&inner).unwrap());
         assert!(!file(&path).unwrap());
+        assert!(new_file(&path).is_err());
+        let new = inner.join("new");
+        new_file(&new).unwrap();
+        assert_eq!(mode(&new), 0o600);
         for (path, ours, open) in [(&inner, 0o700, 0o755), (&path, 0o600, 0o640)] {
             assert_eq!(mode(path), ours);
             fs::set_permissions(path, PermissionsExt::from_mode(open)).unwrap();

@@ -6,8 +6,8 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-/// How much it keeps, in bytes: more than one transaction of a sweep writes.
-pub const RESERVE: u64 = 4 << 20;
+/// How much it keeps, in bytes: more than a segment of small contents and one transaction of a sweep.
+pub const RESERVE: u64 = 8 << 20;
 
 /// Makes the file at `path`, unless it is there.
 ///

@@ -7,12 +7,13 @@ use crate::cache_protocol::ids::{BlobId, EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part};
 use crate::cache_protocol::store::{Entry, EntryName, StoreError};
 use crate::clock::Timestamp;
+use crate::serve::catalog::contents::{StoredContent, insert_contents};
 use crate::serve::catalog::garbage::{discard_blob, discard_part};
 use crate::serve::catalog::rows::{
     encode, entry_name, in_steps, milliseconds, number, placeholders, received, timestamp, unsigned,
 };
 use crate::serve::catalog::schema::Dialect;
-use crate::serve::catalog::upload_parts::{SmallPart, insert_contents};
+use crate::serve::catalog::upload_parts::SmallPart;
 use crate::serve::catalog::{Catalog, Moments};
 
 /// An upload to commit.
@@ -61,6 +62,7 @@ impl Catalog {
         commits: &[Commit],
     ) -> Result<Vec<Result<CommittedUpload, StoreError>>, sqlx::Error> {
         let mut connection = self.write.acquire().await?;
+        let contents = self.store_contents(small_contents(commits)).await?;
         let mut transaction = match self.dialect {
             Dialect::Postgres => connection.begin().await?,
             // A transaction that reads first cannot write any more once another program has
@@ -83,7 +85,7 @@ impl Catalog {
             };
             return Ok(vec![committed]);
         }
-        let mut unwritten = self.commit_unwritten(&mut transaction, commits).await?;
+        let mut unwritten = commit_unwritten(&mut transaction, commits, &contents).await?;
         let mut done = Vec::with_capacity(commits.len());
         for commit in commits {
             done.push(match commit.what {
@@ -112,60 +114,67 @@ impl Catalog {
         transaction.commit().await?;
         Ok(done)
     }
+}
 
-    /// Commits uploads that the database does not have, in few statements.
-    async fn commit_unwritten(
-        &self,
-        transaction: &mut Transaction<'_, Any>,
-        commits: &[Commit],
-    ) -> Result<std::vec::IntoIter<Result<CommittedUpload, StoreError>>, sqlx::Error> {
-        let own: Vec<(&Commit, &EntryName, Option<&SmallPart>)> = commits
-            .iter()
-            .filter_map(|commit| match &commit.what {
-                CommitSource::Unwritten(name, small) => Some((commit, name, small.as_ref())),
-                CommitSource::Upload(_) => None,
-            })
-            .collect();
-        if own.is_empty() {
-            return Ok(Vec::new().into_iter());
-        }
-        // These are the numbers that the table itself would assign, so no query for each is needed.
-        let last = sqlx::query("SELECT seq FROM sqlite_sequence WHERE name = 'entries'")
-            .fetch_optional(&mut **transaction)
-            .await?
-            .map_or(Ok(0), |row| unsigned(&row, "seq"))?;
-        let contents: Vec<(BlobId, Bytes)> = own
-            .iter()
-            .filter_map(|(_, _, small)| small.map(|small| (small.blob, small.bytes.clone())))
-            .collect();
-        insert_contents(transaction, &contents).await?;
-        let committed: Vec<CommittedUpload> = (last + 1..)
-            .zip(&own)
-            .map(|(id, (commit, name, small))| CommittedUpload {
-                entry: Entry {
-                    id: EntryId(id),
-                    name: (*name).clone(),
-                    size: commit.size,
-                    created: commit.created,
-                },
-                parts: small.iter().map(|small| small.part()).collect(),
-                upload_bytes: 0,
-            })
-            .collect();
-        let used: Vec<Timestamp> = own
-            .iter()
-            .map(|(commit, _, _)| commit.moments.now)
-            .collect();
-        let written = insert_entries(transaction, &committed, &used).await?;
-        if written == committed.len() as u64 {
-            return Ok(committed
-                .into_iter()
-                .map(Ok)
-                .collect::<Vec<_>>()
-                .into_iter());
-        }
-        Ok(without_taken(transaction, committed).await?.into_iter())
+/// The small contents of uploads that the database does not have.
+fn small_contents(commits: &[Commit]) -> Vec<(BlobId, Bytes)> {
+    let small = commits.iter().filter_map(|commit| match &commit.what {
+        CommitSource::Unwritten(_, small) => small.as_ref(),
+        CommitSource::Upload(_) => None,
+    });
+    small
+        .map(|small| (small.blob, small.bytes.clone()))
+        .collect()
+}
+
+/// Commits uploads that the database does not have, in few statements.
+async fn commit_unwritten(
+    transaction: &mut Transaction<'_, Any>,
+    commits: &[Commit],
+    contents: &[StoredContent],
+) -> Result<std::vec::IntoIter<Result<CommittedUpload, StoreError>>, sqlx::Error> {
+    let own: Vec<(&Commit, &EntryName, Option<&SmallPart>)> = commits
+        .iter()
+        .filter_map(|commit| match &commit.what {
+            CommitSource::Unwritten(name, small) => Some((commit, name, small.as_ref())),
+            CommitSource::Upload(_) => None,
+        })
+        .collect();
+    if own.is_empty() {
+        return Ok(Vec::new().into_iter());
     }
+    // These are the numbers that the table itself would assign, so no query for each is needed.
+    let last = sqlx::query("SELECT seq FROM sqlite_sequence WHERE name = 'entries'")
+        .fetch_optional(&mut **transaction)
+        .await?
+        .map_or(Ok(0), |row| unsigned(&row, "seq"))?;
+    insert_contents(transaction, contents).await?;
+    let committed: Vec<CommittedUpload> = (last + 1..)
+        .zip(&own)
+        .map(|(id, (commit, name, small))| CommittedUpload {
+            entry: Entry {
+                id: EntryId(id),
+                name: (*name).clone(),
+                size: commit.size,
+                created: commit.created,
+            },
+            parts: small.iter().map(|small| small.part()).collect(),
+            upload_bytes: 0,
+        })
+        .collect();
+    let used: Vec<Timestamp> = own
+        .iter()
+        .map(|(commit, _, _)| commit.moments.now)
+        .collect();
+    let written = insert_entries(transaction, &committed, &used).await?;
+    if written == committed.len() as u64 {
+        return Ok(committed
+            .into_iter()
+            .map(Ok)
+            .collect::<Vec<_>>()
+            .into_iter());
+    }
+    Ok(without_taken(transaction, committed).await?.into_iter())
 }
 
 /// Writes new entries that were last used at `used`, as far as their names are free. Returns how

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::schema::{Dialect, prepare, schema};
+use crate::serve::catalog::segments::Segments;
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(30);
@@ -29,15 +30,10 @@ const QUICK_CONNECTIONS: u32 = 3;
 /// beside the commits does this, so that they need not wait for it: see [`Catalog::checkpoint`].
 const LOG_PAGES: u32 = 4096;
 
-/// The size of a page of a new database of SQLite's, in bytes. A content of 20 KiB takes one page of this
-/// size and a quarter of another. Each is written twice with its own system call, and larger pages cost a
-/// commit that is alone more.
-const PAGE: u32 = 16384;
-
 /// The address of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Database {
-    /// A file of SQLite's.
+    /// A file of SQLite's. Small contents are in files of the folder `contents` beside it.
     Sqlite(PathBuf),
     /// PostgreSQL at this URL, which may have a password in it.
     Postgres(PostgresUrl),
@@ -78,8 +74,7 @@ impl Catalog {
         );
         // This allows giving free pages back to the disk. It writes to the file, so only one
         // connection sets it.
-        let first =
-            format!("PRAGMA page_size = {PAGE}; PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
+        let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
         let open = |connections, pragmas: &str| {
             let pragmas = pragmas.to_owned();
             options()
@@ -101,11 +96,14 @@ impl Catalog {
         let dialect = Dialect::Sqlite;
         let threads = tokio::runtime::Handle::current().metrics().num_workers();
         prepare(&write, &schema(dialect)).await?;
+        let segments = Arc::new(Segments::open(&path.with_file_name("contents"))?);
+        let in_place = InPlaceReader::new(path, threads, segments.clone());
         Ok(Self {
             read,
             quick,
             write,
-            in_place: Some(Arc::new(InPlaceReader::new(path, threads))),
+            in_place: Some(Arc::new(in_place)),
+            segments: Some(segments),
             dialect,
         })
     }
@@ -129,6 +127,7 @@ impl Catalog {
             quick: pool.clone(),
             write: pool,
             in_place: None,
+            segments: None,
             dialect,
         })
     }

@@ -1,20 +1,23 @@
-//! Reads small contents from SQLite in the thread that asks. Each other query crosses to the database's
+//! Reads small contents, and where SQLite says that they are, in the thread that asks. Each other query crosses to the database's
 //! own thread and back, which costs about as much as this read.
 //!
 //! A read that waits for the disk stops a thread of the runtime. So one of its threads never reads, and after
 //! a slow read the database's own threads make the next ones.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_protocol::ids::BlobId;
+use crate::serve::catalog::contents::{ATTEMPTS, StoredBytes};
 use crate::serve::catalog::rows::number;
+use crate::serve::catalog::segments::{Location, Segments};
 
 /// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
 /// the system has in memory takes some ten microseconds, one of a solid state disk some hundred.
@@ -33,17 +36,19 @@ pub(super) struct InPlaceReader {
     skipped: AtomicU32,
     /// A permit for each thread that may read.
     readers: Semaphore,
+    segments: Arc<Segments>,
 }
 
 impl InPlaceReader {
     /// A reader of the database at `path` for a runtime of so many `threads`. It opens its connections when
     /// they are needed.
-    pub(super) fn new(path: &Path, threads: usize) -> Self {
+    pub(super) fn new(path: &Path, threads: usize, segments: Arc<Segments>) -> Self {
         Self {
             path: path.to_owned(),
             idle: Mutex::new(Some(Vec::new())),
             skipped: AtomicU32::new(0),
             readers: Semaphore::new(threads.saturating_sub(1)),
+            segments,
         }
     }
 
@@ -59,13 +64,30 @@ impl InPlaceReader {
 
     fn content(&self, blob: BlobId) -> Option<Option<Bytes>> {
         let connection = self.take()?;
-        let content = content(&connection, blob).ok();
+        let content = self.content_by(&connection, blob);
         if let Ok(mut idle) = self.idle.lock()
             && let Some(idle) = &mut *idle
         {
             idle.push(connection);
         }
         content
+    }
+
+    fn content_by(&self, connection: &Connection, blob: BlobId) -> Option<Option<Bytes>> {
+        for _ in 0..ATTEMPTS {
+            let location = match stored_content(connection, blob).ok()? {
+                None => return Some(None),
+                Some(StoredBytes::InRow(bytes)) => return Some(Some(bytes)),
+                Some(StoredBytes::InSegment(location)) => location,
+            };
+            match self.segments.read(location) {
+                Ok(bytes) => return Some(Some(bytes)),
+                // It may have moved since.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(_) => return None,
+            }
+        }
+        None
     }
 
     /// Closes the connections: SQLite removes its log when the last connection is closed.
@@ -109,18 +131,36 @@ fn open(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Option<Bytes>> {
+fn stored_content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Option<StoredBytes>> {
     connection
-        .prepare_cached("SELECT content FROM contents WHERE blob = ?1")?
+        .prepare_cached("SELECT segment, start, length, content FROM contents WHERE blob = ?1")?
         .query_row([number(blob)], |row| {
-            Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_blob()?))
+            let Some(segment) = unsigned(row, 0)? else {
+                let content = Bytes::copy_from_slice(row.get_ref(3)?.as_blob()?);
+                return Ok(StoredBytes::InRow(content));
+            };
+            Ok(StoredBytes::InSegment(Location {
+                segment,
+                start: unsigned(row, 1)?.unwrap_or(0),
+                length: unsigned(row, 2)?.unwrap_or(0),
+            }))
         })
         .optional()
+}
+
+fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<u64>> {
+    let value: Option<i64> = row.get(column)?;
+    Ok(value.map(|value| u64::try_from(value).unwrap_or(0)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn reader(path: &Path, threads: usize) -> InPlaceReader {
+        let segments = Segments::open(&path.with_file_name("contents")).unwrap();
+        InPlaceReader::new(path, threads, Arc::new(segments))
+    }
 
     fn database(folder: &Path) -> PathBuf {
         let path = folder.join("catalog");
@@ -128,8 +168,9 @@ mod tests {
         connection
             .execute_batch(
                 "PRAGMA journal_mode = WAL; \
-                 CREATE TABLE contents (blob INTEGER PRIMARY KEY, content BLOB NOT NULL); \
-                 INSERT INTO contents VALUES (7, x'616263')",
+                 CREATE TABLE contents (blob INTEGER PRIMARY KEY, content BLOB NOT NULL, \
+                 segment BIGINT, start BIGINT, length BIGINT); \
+                 INSERT INTO contents VALUES (7, x'616263', NULL, NULL, NULL)",
             )
             .unwrap();
         path
@@ -138,7 +179,7 @@ mod tests {
     #[test]
     fn a_content_is_read_and_one_that_is_not_there_is_known_to_be_missing() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = InPlaceReader::new(&database(folder.path()), 2);
+        let reader = reader(&database(folder.path()), 2);
         for _ in 0..2 {
             let content = reader.read(BlobId(7));
             assert_eq!(content, Some(Some(Bytes::from_static(b"abc"))));
@@ -149,7 +190,7 @@ mod tests {
     #[test]
     fn after_a_slow_read_the_databases_own_threads_make_the_next_ones() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = InPlaceReader::new(&database(folder.path()), 2);
+        let reader = reader(&database(folder.path()), 2);
         reader.observe(SLOW);
         assert!(reader.read(BlobId(7)).is_some());
         reader.observe(SLOW + Duration::from_nanos(1));
@@ -161,8 +202,8 @@ mod tests {
     fn one_thread_of_the_runtime_never_reads() {
         let folder = tempfile::tempdir().unwrap();
         let path = database(folder.path());
-        assert_eq!(InPlaceReader::new(&path, 1).read(BlobId(7)), None);
-        let reader = InPlaceReader::new(&path, 3);
+        assert_eq!(reader(&path, 1).read(BlobId(7)), None);
+        let reader = reader(&path, 3);
         let first = reader.begin().unwrap();
         let second = reader.begin().unwrap();
         assert_eq!(reader.read(BlobId(7)), None);
@@ -175,11 +216,11 @@ mod tests {
     #[test]
     fn a_database_that_cannot_be_read_and_a_closed_reader_leave_the_read_to_others() {
         let folder = tempfile::tempdir().unwrap();
-        let missing = InPlaceReader::new(&folder.path().join("missing"), 2);
+        let missing = reader(&folder.path().join("missing"), 2);
         assert_eq!(missing.read(BlobId(7)), None);
         assert!(!folder.path().join("missing").exists());
         let path = database(folder.path());
-        let reader = InPlaceReader::new(&path, 2);
+        let reader = reader(&path, 2);
         assert!(reader.read(BlobId(7)).is_some());
         let log = folder.path().join("catalog-wal");
         assert!(log.exists());

@@ -5,7 +5,8 @@
 //! settings   what the replicas have in common: the store's name, the key of signed URLs
 //! uploads    reserved names
 //! parts      what was received for them; size is NULL while it is being written
-//! contents   the bytes of small parts, which need no blob elsewhere
+//! contents   the small parts, which need no blob elsewhere: their bytes, or in SQLite where in a segment
+//!            these are
 //! entries    what was committed, with the list of its parts
 //! garbage    blobs that nothing names any more and that are to be deleted
 //! ```
@@ -21,13 +22,16 @@
 //! and for the search of a text in another.
 
 mod commit;
+mod compaction;
 mod connections;
+mod contents;
 mod entries;
 mod eviction;
 mod garbage;
 mod in_place;
 mod rows;
 mod schema;
+mod segments;
 mod settings;
 mod upload_parts;
 mod uploads;
@@ -43,8 +47,10 @@ use crate::clock::Timestamp;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::rows::unsigned;
 use crate::serve::catalog::schema::Dialect;
+use crate::serve::catalog::segments::Segments;
 
 pub use crate::serve::catalog::commit::{Commit, CommitSource, CommittedUpload};
+pub use crate::serve::catalog::compaction::Compaction;
 pub use crate::serve::catalog::connections::{Database, PostgresUrl};
 pub use crate::serve::catalog::eviction::Removed;
 pub use crate::serve::catalog::upload_parts::{BegunPart, FinishedPart, Replaces, SmallPart};
@@ -63,8 +69,9 @@ pub struct Catalog {
     /// The same as `read` in PostgreSQL. SQLite has one writer at a time, and it is better to wait
     /// for it here than in the file's lock.
     write: AnyPool,
-    /// Only in SQLite.
+    /// Only in SQLite, here and below.
     in_place: Option<Arc<InPlaceReader>>,
+    segments: Option<Arc<Segments>>,
     dialect: Dialect,
 }
 
@@ -161,5 +168,8 @@ impl Catalog {
         self.read.close().await;
         self.quick.close().await;
         self.write.close().await;
+        if let Some(segments) = &self.segments {
+            segments.close();
+        }
     }
 }

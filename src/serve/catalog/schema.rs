@@ -58,15 +58,18 @@ pub(super) fn schema(dialect: Dialect) -> Vec<String> {
         "CREATE INDEX IF NOT EXISTS entries_by_use ON entries (used, id)".into(),
         "CREATE TABLE IF NOT EXISTS garbage (blob BIGINT PRIMARY KEY, since BIGINT NOT NULL)"
             .into(),
-        format!("CREATE TABLE IF NOT EXISTS contents ({content})"),
+        format!(
+            "CREATE TABLE IF NOT EXISTS contents \
+             ({content}, segment BIGINT, start BIGINT, length BIGINT)"
+        ),
     ]
 }
 
 /// The number of the schema above. A database of a later schema is refused.
-const SCHEMA: &str = "3";
+const SCHEMA: &str = "4";
 
 /// The statements that upgrade a database to the next version; missing tables exist by then.
-const UPGRADES: [(&str, &[&str]); 2] = [
+const UPGRADES: [(&str, &[&str]); 3] = [
     (
         "1",
         &[
@@ -75,6 +78,14 @@ const UPGRADES: [(&str, &[&str]); 2] = [
         ],
     ),
     ("2", &["ALTER TABLE parts ADD COLUMN inside BIGINT"]),
+    (
+        "3",
+        &[
+            "ALTER TABLE contents ADD COLUMN segment BIGINT",
+            "ALTER TABLE contents ADD COLUMN start BIGINT",
+            "ALTER TABLE contents ADD COLUMN length BIGINT",
+        ],
+    ),
 ];
 
 impl Catalog {
@@ -93,11 +104,13 @@ impl Catalog {
             }
         }
         if UPGRADES.iter().any(|(of, _)| *of == version) {
+            // The contents of a later one would make this slow.
+            let has_no_contents = matches!(&*version, "1" | "2");
             self.drop_setting("schema").await?;
             version = self.setting("schema", SCHEMA).await?;
             if self.dialect == Dialect::Sqlite
-                // This allows giving free pages back to the disk. The database has no contents yet,
-                // so this is fast.
+                && has_no_contents
+                // This allows giving free pages back to the disk.
                 && let Err(error) = self.write.execute("VACUUM").await
             {
                 warn!(%error, "cannot shrink the database");

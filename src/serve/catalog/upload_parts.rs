@@ -1,8 +1,7 @@
-//! The parts of uploads: announced, written, replaced, and the bytes of those that the database
-//! stores itself.
+//! The parts of uploads: announced, written, replaced.
 
 use bytes::Bytes;
-use sqlx::{Any, Executor, Row, Transaction};
+use sqlx::{Any, Connection, Executor, Row};
 
 use crate::cache_protocol::blob_digests::Digests;
 use crate::cache_protocol::ids::{BlobId, UploadId};
@@ -11,10 +10,9 @@ use crate::cache_protocol::store::{PARTS_LIMIT, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::blob_store::WrittenBlob;
 use crate::serve::catalog::Catalog;
+use crate::serve::catalog::contents::insert_contents;
 use crate::serve::catalog::garbage::{discard_part, mark_garbage};
-use crate::serve::catalog::rows::{
-    encode, in_steps, milliseconds, number, placeholders, received, unsigned,
-};
+use crate::serve::catalog::rows::{encode, milliseconds, number, received, unsigned};
 
 /// A part that is about to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +149,10 @@ impl Catalog {
             record_finish(&self.write, part, now).await?;
             return Ok(0);
         }
-        let mut transaction = self.write.begin().await?;
+        let mut connection = self.write.acquire().await?;
+        let content = part.inside.iter().map(|bytes| (part.blob, bytes.clone()));
+        let content = self.store_contents(content.collect()).await?;
+        let mut transaction = connection.begin().await?;
         if part.replaces == Replaces::All {
             sqlx::query("UPDATE uploads SET blocks = NULL WHERE id = $1")
                 .bind(number(upload))
@@ -159,10 +160,7 @@ impl Catalog {
                 .await?;
         }
         record_finish(&mut *transaction, part, now).await?;
-        if let Some(content) = &part.inside {
-            let content = [(part.blob, content.clone())];
-            insert_contents(&mut transaction, &content).await?;
-        }
+        insert_contents(&mut transaction, &content).await?;
         if part.replaces == Replaces::Nothing {
             transaction.commit().await?;
             return Ok(0);
@@ -248,32 +246,6 @@ impl Catalog {
         Ok(())
     }
 
-    /// The bytes of these blobs, as far as they are in the database, in any order.
-    ///
-    /// # Errors
-    /// An error of the database.
-    pub async fn contents(&self, blobs: &[BlobId]) -> Result<Vec<(BlobId, Bytes)>, sqlx::Error> {
-        let mut contents = Vec::with_capacity(blobs.len());
-        for blobs in in_steps(blobs) {
-            let query = format!(
-                "SELECT blob, content FROM contents WHERE blob IN {}",
-                placeholders(1, blobs.len())
-            );
-            let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
-            for blob in blobs {
-                query = query.bind(number(*blob));
-            }
-            for row in query.fetch_all(&self.quick).await? {
-                let content: &[u8] = row.try_get("content")?;
-                contents.push((
-                    BlobId(unsigned(&row, "blob")?),
-                    Bytes::copy_from_slice(content),
-                ));
-            }
-        }
-        Ok(contents)
-    }
-
     /// Gives up all parts that are being written: their process has ended, so nobody reads them.
     /// Call this only for a database that no other service uses.
     ///
@@ -314,22 +286,4 @@ async fn record_finish(
         0 => Err(StoreError::NoSuchUpload),
         _ => Ok(()),
     }
-}
-
-pub(super) async fn insert_contents(
-    transaction: &mut Transaction<'_, Any>,
-    contents: &[(BlobId, Bytes)],
-) -> Result<(), sqlx::Error> {
-    for contents in in_steps(contents) {
-        let query = format!(
-            "INSERT INTO contents (blob, content) VALUES {}",
-            placeholders(contents.len(), 2)
-        );
-        let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
-        for (blob, content) in contents {
-            query = query.bind(number(*blob)).bind(&content[..]);
-        }
-        query.execute(&mut **transaction).await?;
-    }
-    Ok(())
 }

@@ -6,9 +6,10 @@ use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
+use crate::serve::catalog::contents::insert_contents;
 use crate::serve::catalog::garbage::{discard_part, discard_parts_of};
 use crate::serve::catalog::rows::{entry_name, in_steps, milliseconds, number, unsigned};
-use crate::serve::catalog::upload_parts::{SmallPart, insert_contents};
+use crate::serve::catalog::upload_parts::SmallPart;
 
 /// An upload that the database does not have yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +187,11 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn persist(&self, uploads: &[Unwritten]) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut connection = self.write.acquire().await?;
+        let contents = uploads.iter().filter_map(|upload| upload.content.as_ref());
+        let contents = contents.map(|small| (small.blob, small.bytes.clone()));
+        let contents = self.store_contents(contents.collect()).await?;
+        let mut transaction = connection.begin().await?;
         for Unwritten {
             upload,
             name,
@@ -216,8 +221,8 @@ impl Catalog {
             .bind(small.digests.encode())
             .execute(&mut *transaction)
             .await?;
-            insert_contents(&mut transaction, &[(small.blob, small.bytes.clone())]).await?;
         }
+        insert_contents(&mut transaction, &contents).await?;
         transaction.commit().await?;
         Ok(())
     }

@@ -14,8 +14,9 @@ use crate::serve::entry_store::look_up_cache::LookupCache;
 use crate::serve::entry_store::number_pool::NumberPool;
 use crate::serve::uploads_in_memory::HeldUploads;
 
-/// The size of SQLite's log, in bytes, at which it is written back into the database.
-const CHECKPOINT_SIZE: u64 = 8 << 20;
+/// After how many commits SQLite's log is written back into the database. A commit changes up to three
+/// pages of 4 KiB that no other one of its transaction does.
+const COMMITS_PER_CHECKPOINT: u64 = 512;
 
 /// How many commits may share a transaction.
 const COMMITS_PER_TRANSACTION: usize = 128;
@@ -70,9 +71,9 @@ impl ExclusiveState {
                         let upload_bytes = held.end_commit(*own, done.is_ok());
                         if let Ok(committed) = done {
                             committed.upload_bytes = upload_bytes;
-                            log.grew(upload_bytes, &catalog);
                         }
                     }
+                    log.grew(commits.len() as u64, &catalog);
                     done
                 }
             }
@@ -88,22 +89,23 @@ impl ExclusiveState {
     }
 }
 
-/// How much is in SQLite's log that is not in the database.
+/// How many commits are in SQLite's log that are not in the database.
 #[derive(Clone, Default)]
 struct WalTracker {
-    bytes: Arc<AtomicU64>,
+    commits: Arc<AtomicU64>,
     emptying: Arc<AtomicBool>,
 }
 
 impl WalTracker {
-    /// Counts growth of the log. If that is enough, a task writes it back into the database, while
+    /// Counts commits. If they are enough, a task writes the log back into the database, while more
     /// commits continue.
-    fn grew(&self, bytes: u64, catalog: &Catalog) {
-        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes < CHECKPOINT_SIZE || self.emptying.swap(true, Ordering::Relaxed) {
+    fn grew(&self, commits: u64, catalog: &Catalog) {
+        let before = self.commits.fetch_add(commits, Ordering::Relaxed);
+        if before + commits < COMMITS_PER_CHECKPOINT || self.emptying.swap(true, Ordering::Relaxed)
+        {
             return;
         }
-        self.bytes.store(0, Ordering::Relaxed);
+        self.commits.store(0, Ordering::Relaxed);
         let (catalog, emptying) = (catalog.clone(), self.emptying.clone());
         tokio::spawn(async move {
             // If this fails, a commit writes it back.

@@ -7,7 +7,7 @@ use tracing::{error, info};
 
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
-use crate::serve::catalog::Moments;
+use crate::serve::catalog::{Compaction, Moments};
 use crate::serve::entry_store::uses::RECORD_USES_EVERY;
 use crate::serve::entry_store::{EntryStore, StoreInner};
 use crate::serve::reserved_space::{self, RESERVE};
@@ -15,6 +15,11 @@ use crate::serve::shared_fetch;
 
 /// How long a blob stays that no entry has any more: a client may be reading it.
 const GARBAGE_STAYS: Duration = Duration::from_secs(5 * 60);
+
+/// How much of a segment of small contents is dead when a sweep empties it, as a percentage. So the segments
+/// take at most half as much again as the contents in them, and a content is rarely copied: the oldest segments die as
+/// a whole.
+const DEAD_PERCENT: u64 = 34;
 
 /// An eviction removes this fraction of the limit in addition (1/20), so that not each upload
 /// evicts.
@@ -117,6 +122,7 @@ impl EntryStore {
             Urgency::Full => Timestamp::MAX,
         };
         sweep.deleted += self.delete_garbage(until).await?;
+        catalog.compact(urgency.compaction()).await?;
         if urgency == Urgency::Full {
             catalog.give_back().await?;
         }
@@ -196,4 +202,19 @@ pub(super) enum Urgency {
     Usual,
     /// The disk is full.
     Full,
+}
+
+impl Urgency {
+    fn compaction(self) -> Compaction {
+        match self {
+            Self::Usual => Compaction {
+                dead_percent: DEAD_PERCENT,
+                enough: u64::MAX,
+            },
+            Self::Full => Compaction {
+                dead_percent: 1,
+                enough: 4 * RESERVE,
+            },
+        }
+    }
 }

@@ -1,0 +1,162 @@
+//! Empties segments that are mostly dead, and deletes them.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::io;
+
+use sqlx::Connection;
+
+use crate::cache_protocol::ids::BlobId;
+use crate::cache_protocol::store::StoreError;
+use crate::serve::catalog::Catalog;
+use crate::serve::catalog::contents::{blocking, location};
+use crate::serve::catalog::rows::{number, unsigned};
+use crate::serve::catalog::segments::Location;
+
+/// How many contents move in one transaction. Commits wait meanwhile.
+const MOVED_AT_ONCE: usize = 64;
+
+/// Which segments a compaction empties.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compaction {
+    /// Those of which at least this percentage is dead.
+    pub dead_percent: u64,
+    /// It ends when so many bytes of the disk are free again.
+    pub enough: u64,
+}
+
+impl Catalog {
+    /// Moves the contents out of segments that are mostly dead, and deletes these segments. Returns how many
+    /// bytes of the disk it freed.
+    ///
+    /// # Errors
+    /// An error of the database or of the disk. The next compaction does the rest.
+    pub async fn compact(&self, compaction: Compaction) -> Result<u64, StoreError> {
+        let Some(segments) = &self.segments else {
+            return Ok(0);
+        };
+        let full = blocking(segments, |segments| segments.full()).await?;
+        let live = self.live_bytes().await?;
+        let mut dead: Vec<(u64, u64)> = full
+            .into_iter()
+            .map(|(segment, length)| {
+                let live = live.get(&segment).copied().unwrap_or(0);
+                (segment, length, length.saturating_sub(live))
+            })
+            .filter(|(_, length, dead)| *dead >= length * compaction.dead_percent / 100)
+            .map(|(segment, _, dead)| (segment, dead))
+            .collect();
+        dead.sort_by_key(|(segment, dead)| (Reverse(*dead), *segment));
+        let mut freed = 0;
+        for (segment, dead) in dead {
+            if freed >= compaction.enough {
+                break;
+            }
+            if live.contains_key(&segment) {
+                self.empty(segment).await?;
+            }
+            if self.delete_if_dead(segment).await? {
+                freed += dead;
+            }
+        }
+        Ok(freed)
+    }
+
+    /// The bytes of the contents in each segment.
+    async fn live_bytes(&self) -> Result<HashMap<u64, u64>, sqlx::Error> {
+        let rows = sqlx::query(
+            "SELECT segment, SUM(length) AS length FROM contents WHERE segment IS NOT NULL \
+             GROUP BY segment",
+        )
+        .fetch_all(&self.read)
+        .await?;
+        rows.iter()
+            .map(|row| Ok((unsigned(row, "segment")?, unsigned(row, "length")?)))
+            .collect()
+    }
+
+    /// Moves the contents of `segment`, as far as they can be read.
+    async fn empty(&self, segment: u64) -> Result<(), StoreError> {
+        let rows = sqlx::query(
+            "SELECT blob, segment, start, length FROM contents WHERE segment = $1 ORDER BY blob",
+        )
+        .bind(number(segment))
+        .fetch_all(&self.read)
+        .await?;
+        let located: Vec<(BlobId, Location)> = rows
+            .iter()
+            .map(|row| Ok((BlobId(unsigned(row, "blob")?), location(row)?)))
+            .collect::<Result<_, sqlx::Error>>()?;
+        for located in located.chunks(MOVED_AT_ONCE) {
+            self.copy(located).await?;
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, located: &[(BlobId, Location)]) -> Result<(), StoreError> {
+        let Some(segments) = &self.segments else {
+            return Ok(());
+        };
+        // Nobody deletes the new segment while this connection is taken.
+        let mut connection = self.write.acquire().await?;
+        let (blobs, locations): (Vec<BlobId>, Vec<Location>) = located.iter().copied().unzip();
+        let moved = blocking(segments, move |segments| {
+            let mut found = Vec::with_capacity(locations.len());
+            let mut contents = Vec::with_capacity(locations.len());
+            for (blob, location) in blobs.into_iter().zip(locations) {
+                match segments.read(location) {
+                    Ok(content) => {
+                        found.push((blob, location));
+                        contents.push(content);
+                    }
+                    // The next job that asks for it is told so, and the entry goes.
+                    Err(error) if is_gone(&error) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let new = segments.append(&contents)?;
+            Ok(found.into_iter().zip(new).collect::<Vec<_>>())
+        });
+        let moved = moved.await?;
+        let mut transaction = connection.begin().await?;
+        for ((blob, old), new) in moved {
+            // The row of a content that was deleted meanwhile is not there.
+            sqlx::query(
+                "UPDATE contents SET segment = $2, start = $3 WHERE blob = $1 AND segment = $4",
+            )
+            .bind(number(blob))
+            .bind(number(new.segment))
+            .bind(number(new.start))
+            .bind(number(old.segment))
+            .execute(&mut *transaction)
+            .await?;
+        }
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// Deletes `segment` if no row names it. No row is about to, since this takes the connection that
+    /// writes.
+    async fn delete_if_dead(&self, segment: u64) -> Result<bool, StoreError> {
+        let Some(segments) = &self.segments else {
+            return Ok(false);
+        };
+        let mut connection = self.write.acquire().await?;
+        let named = sqlx::query("SELECT 1 FROM contents WHERE segment = $1 LIMIT 1")
+            .bind(number(segment))
+            .fetch_optional(&mut *connection)
+            .await?;
+        if named.is_some() {
+            return Ok(false);
+        }
+        blocking(segments, move |segments| segments.delete(segment)).await?;
+        Ok(true)
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
+    )
+}

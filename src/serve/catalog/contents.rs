@@ -1,0 +1,171 @@
+//! The bytes of small parts: in a segment if the database is SQLite, otherwise in their row.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sqlx::any::AnyRow;
+use sqlx::{Any, Row, Transaction};
+
+use crate::cache_protocol::ids::BlobId;
+use crate::serve::catalog::Catalog;
+use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
+use crate::serve::catalog::segments::{Location, Segments};
+
+/// How often a content is looked for: it may move to another segment after its row was read.
+pub(super) const ATTEMPTS: usize = 3;
+
+/// A content whose row is still to be written.
+#[derive(Clone, Debug)]
+pub(super) struct StoredContent {
+    blob: BlobId,
+    bytes: StoredBytes,
+}
+
+/// Where the bytes of a content are.
+#[derive(Clone, Debug)]
+pub(super) enum StoredBytes {
+    InRow(Bytes),
+    InSegment(Location),
+}
+
+impl Catalog {
+    /// Appends contents to a segment, where the database has those. They are on the disk when this returns.
+    /// The caller has the connection that writes, and keeps it until their rows are written: until then no
+    /// segment is deleted.
+    ///
+    /// # Errors
+    /// An error of the disk.
+    pub(super) async fn store_contents(
+        &self,
+        contents: Vec<(BlobId, Bytes)>,
+    ) -> Result<Vec<StoredContent>, sqlx::Error> {
+        let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
+        let stored: Vec<StoredBytes> = match &self.segments {
+            _ if bytes.is_empty() => Vec::new(),
+            None => bytes.into_iter().map(StoredBytes::InRow).collect(),
+            Some(segments) => {
+                let locations = blocking(segments, move |segments| segments.append(&bytes)).await?;
+                locations.into_iter().map(StoredBytes::InSegment).collect()
+            }
+        };
+        let stored = blobs.into_iter().zip(stored);
+        Ok(stored
+            .map(|(blob, bytes)| StoredContent { blob, bytes })
+            .collect())
+    }
+
+    /// The bytes of these blobs, as far as they are there, in any order.
+    ///
+    /// # Errors
+    /// An error of the database or of the disk.
+    pub async fn contents(&self, blobs: &[BlobId]) -> Result<Vec<(BlobId, Bytes)>, sqlx::Error> {
+        let mut contents = Vec::with_capacity(blobs.len());
+        let mut left = blobs.to_vec();
+        for _ in 0..ATTEMPTS {
+            let mut located = Vec::new();
+            for (blob, bytes) in self.stored_contents(&left).await? {
+                match bytes {
+                    StoredBytes::InRow(bytes) => contents.push((blob, bytes)),
+                    StoredBytes::InSegment(location) => located.push((blob, location)),
+                }
+            }
+            left.clear();
+            let Some(segments) = &self.segments else {
+                break;
+            };
+            if located.is_empty() {
+                break;
+            }
+            let read = blocking(segments, move |segments| {
+                let read = |(blob, location)| (blob, segments.read(location));
+                Ok(located.into_iter().map(read).collect::<Vec<_>>())
+            });
+            for (blob, bytes) in read.await? {
+                match bytes {
+                    Ok(bytes) => contents.push((blob, bytes)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => left.push(blob),
+                    // A part of other bytes than were written is missing.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(contents)
+    }
+
+    async fn stored_contents(
+        &self,
+        blobs: &[BlobId],
+    ) -> Result<Vec<(BlobId, StoredBytes)>, sqlx::Error> {
+        let mut stored = Vec::with_capacity(blobs.len());
+        for blobs in in_steps(blobs) {
+            let query = format!(
+                "SELECT blob, content, segment, start, length FROM contents WHERE blob IN {}",
+                placeholders(1, blobs.len())
+            );
+            let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
+            for blob in blobs {
+                query = query.bind(number(*blob));
+            }
+            for row in query.fetch_all(&self.quick).await? {
+                stored.push((BlobId(unsigned(&row, "blob")?), stored_bytes(&row)?));
+            }
+        }
+        Ok(stored)
+    }
+}
+
+/// Does something that waits for the disk.
+pub(super) async fn blocking<T: Send + 'static>(
+    segments: &Arc<Segments>,
+    work: impl FnOnce(&Segments) -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let segments = segments.clone();
+    let done = tokio::task::spawn_blocking(move || work(&segments)).await;
+    done.map_err(io::Error::other)?
+}
+
+fn stored_bytes(row: &AnyRow) -> Result<StoredBytes, sqlx::Error> {
+    let segment: Option<i64> = row.try_get("segment")?;
+    if segment.is_some() {
+        return Ok(StoredBytes::InSegment(location(row)?));
+    }
+    let content: &[u8] = row.try_get("content")?;
+    Ok(StoredBytes::InRow(Bytes::copy_from_slice(content)))
+}
+
+pub(super) fn location(row: &AnyRow) -> Result<Location, sqlx::Error> {
+    Ok(Location {
+        segment: unsigned(row, "segment")?,
+        start: unsigned(row, "start")?,
+        length: unsigned(row, "length")?,
+    })
+}
+
+pub(super) async fn insert_contents(
+    transaction: &mut Transaction<'_, Any>,
+    contents: &[StoredContent],
+) -> Result<(), sqlx::Error> {
+    for contents in in_steps(contents) {
+        let query = format!(
+            "INSERT INTO contents (blob, content, segment, start, length) VALUES {}",
+            placeholders(contents.len(), 5)
+        );
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
+        for StoredContent { blob, bytes } in contents {
+            let (row, location) = match bytes {
+                StoredBytes::InRow(bytes) => (&bytes[..], None),
+                StoredBytes::InSegment(location) => (&[][..], Some(location)),
+            };
+            query = query
+                .bind(number(*blob))
+                .bind(row)
+                .bind(location.map(|location| number(location.segment)))
+                .bind(location.map(|location| number(location.start)))
+                .bind(location.map(|location| number(location.length)));
+        }
+        query.execute(&mut **transaction).await?;
+    }
+    Ok(())
+}
