@@ -1,41 +1,29 @@
-//! Makes uploads entries: those of the database one by one, those that it does not have together.
+//! Makes uploads of the database's entries.
 
-use bytes::Bytes;
 use sqlx::{Any, Connection, Row, Transaction};
 
-use crate::cache_protocol::ids::{BlobId, EntryId, UploadId};
+use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part};
-use crate::cache_protocol::store::{Entry, EntryName, StoreError};
+use crate::cache_protocol::store::{Entry, StoreError};
 use crate::clock::Timestamp;
-use crate::serve::catalog::contents::{StoredContent, insert_contents};
 use crate::serve::catalog::garbage::{discard_blob, discard_part};
 use crate::serve::catalog::rows::{
-    encode, entry_name, in_steps, milliseconds, number, placeholders, received, timestamp, unsigned,
+    encode, entry_name, milliseconds, number, received, timestamp, unsigned,
 };
 use crate::serve::catalog::schema::Dialect;
-use crate::serve::catalog::upload_parts::SmallPart;
 use crate::serve::catalog::{Catalog, Moments};
 
-/// An upload to commit.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An upload of the database's to commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Commit {
-    /// The upload.
-    pub what: CommitSource,
+    /// Its number.
+    pub upload: UploadId,
     /// The size that its client says it has.
     pub size: u64,
     /// When it is by this machine's clock.
     pub created: Timestamp,
     /// When it is by the store's clock.
     pub moments: Moments,
-}
-
-/// The source of a commit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CommitSource {
-    /// The upload of this number.
-    Upload(UploadId),
-    /// An upload that the database does not have.
-    Unwritten(EntryName, Option<SmallPart>),
 }
 
 /// The result of a commit.
@@ -50,207 +38,40 @@ pub struct CommittedUpload {
 }
 
 impl Catalog {
-    /// Makes uploads entries, in this order. Parts that are being written since before `abandoned`
-    /// are given up. When this returns, all commits that succeeded are on the disk.
+    /// Makes an upload of the database's an entry. Parts that are being written since before `abandoned` are
+    /// given up. When this returns, the entry is on the disk.
     ///
     /// # Errors
-    /// Each result may be [`StoreError::Busy`] if the upload is still being written,
-    /// [`StoreError::SizeMismatch`], [`StoreError::NoSuchUpload`] or [`StoreError::AlreadyExists`].
-    /// An error of the database fails all of them.
-    pub async fn commit(
-        &self,
-        commits: &[Commit],
-    ) -> Result<Vec<Result<CommittedUpload, StoreError>>, sqlx::Error> {
+    /// [`StoreError::Busy`] if the upload is still being written, [`StoreError::SizeMismatch`],
+    /// [`StoreError::NoSuchUpload`], [`StoreError::AlreadyExists`], or an error of the database.
+    pub async fn commit(&self, commit: &Commit) -> Result<CommittedUpload, StoreError> {
         let mut connection = self.write.acquire().await?;
-        let contents = self.store_contents(small_contents(commits)).await?;
         let mut transaction = match self.dialect {
             Dialect::Postgres => connection.begin().await?,
             // A transaction that reads first cannot write any more once another program has
             // written.
             Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
         };
-        if let [
-            commit @ Commit {
-                what: CommitSource::Upload(upload),
-                ..
-            },
-        ] = commits
-        {
-            let committed = match commit_upload(&mut transaction, *upload, commit).await {
-                Ok(committed) => transaction.commit().await.map(|()| Ok(committed))?,
-                Err(error) => {
-                    transaction.rollback().await?;
-                    Err(error)
-                }
-            };
-            return Ok(vec![committed]);
-        }
-        let mut unwritten = commit_unwritten(&mut transaction, commits, &contents).await?;
-        let mut done = Vec::with_capacity(commits.len());
-        for commit in commits {
-            done.push(match commit.what {
-                CommitSource::Unwritten(..) => {
-                    unwritten.next().unwrap_or(Err(StoreError::AlreadyExists))
-                }
-                CommitSource::Upload(upload) => {
-                    let mut own = transaction.begin().await?;
-                    match commit_upload(&mut own, upload, commit).await {
-                        Ok(committed) => {
-                            own.commit().await?;
-                            Ok(committed)
-                        }
-                        Err(StoreError::Backend(error)) => match error.downcast() {
-                            Ok(error) => return Err(*error),
-                            Err(error) => Err(StoreError::Backend(error)),
-                        },
-                        Err(error) => {
-                            own.rollback().await?;
-                            Err(error)
-                        }
-                    }
-                }
-            });
-        }
-        transaction.commit().await?;
-        Ok(done)
-    }
-}
-
-/// The small contents of uploads that the database does not have.
-fn small_contents(commits: &[Commit]) -> Vec<(BlobId, Bytes)> {
-    let small = commits.iter().filter_map(|commit| match &commit.what {
-        CommitSource::Unwritten(_, small) => small.as_ref(),
-        CommitSource::Upload(_) => None,
-    });
-    small
-        .map(|small| (small.blob, small.bytes.clone()))
-        .collect()
-}
-
-/// Commits uploads that the database does not have, in few statements.
-async fn commit_unwritten(
-    transaction: &mut Transaction<'_, Any>,
-    commits: &[Commit],
-    contents: &[StoredContent],
-) -> Result<std::vec::IntoIter<Result<CommittedUpload, StoreError>>, sqlx::Error> {
-    let own: Vec<(&Commit, &EntryName, Option<&SmallPart>)> = commits
-        .iter()
-        .filter_map(|commit| match &commit.what {
-            CommitSource::Unwritten(name, small) => Some((commit, name, small.as_ref())),
-            CommitSource::Upload(_) => None,
-        })
-        .collect();
-    if own.is_empty() {
-        return Ok(Vec::new().into_iter());
-    }
-    // These are the numbers that the table itself would assign, so no query for each is needed.
-    let last = sqlx::query("SELECT seq FROM sqlite_sequence WHERE name = 'entries'")
-        .fetch_optional(&mut **transaction)
-        .await?
-        .map_or(Ok(0), |row| unsigned(&row, "seq"))?;
-    insert_contents(transaction, contents).await?;
-    let committed: Vec<CommittedUpload> = (last + 1..)
-        .zip(&own)
-        .map(|(id, (commit, name, small))| CommittedUpload {
-            entry: Entry {
-                id: EntryId(id),
-                name: (*name).clone(),
-                size: commit.size,
-                created: commit.created,
-            },
-            parts: small.iter().map(|small| small.part()).collect(),
-            upload_bytes: 0,
-        })
-        .collect();
-    let used: Vec<Timestamp> = own
-        .iter()
-        .map(|(commit, _, _)| commit.moments.now)
-        .collect();
-    let written = insert_entries(transaction, &committed, &used).await?;
-    if written == committed.len() as u64 {
-        return Ok(committed
-            .into_iter()
-            .map(Ok)
-            .collect::<Vec<_>>()
-            .into_iter());
-    }
-    Ok(without_taken(transaction, committed).await?.into_iter())
-}
-
-/// Writes new entries that were last used at `used`, as far as their names are free. Returns how
-/// many.
-async fn insert_entries(
-    transaction: &mut Transaction<'_, Any>,
-    committed: &[CommittedUpload],
-    used: &[Timestamp],
-) -> Result<u64, sqlx::Error> {
-    let mut written = 0;
-    let rows: Vec<(&CommittedUpload, &Timestamp)> = committed.iter().zip(used).collect();
-    for rows in in_steps(&rows) {
-        let query = format!(
-            "INSERT INTO entries (id, scope, version, key, size, created, used, parts, stored) \
-             VALUES {} ON CONFLICT (scope, version, key) DO NOTHING",
-            placeholders(rows.len(), 9)
-        );
-        let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
-        for (committed, used) in rows {
-            let Entry {
-                id,
-                name,
-                size,
-                created,
-            } = &committed.entry;
-            query = query
-                .bind(number(*id))
-                .bind(name.scope.0.to_string())
-                .bind(name.version.clone())
-                .bind(name.key.clone())
-                .bind(number(*size))
-                .bind(milliseconds(*created))
-                .bind(milliseconds(**used))
-                .bind(encode(&committed.parts)?)
-                .bind(number(parts::stored(&committed.parts)));
-        }
-        written += query.execute(&mut **transaction).await?.rows_affected();
-    }
-    Ok(written)
-}
-
-/// Finds out which of `committed` are entries now. The names of the others were taken by another
-/// program that writes to this database.
-async fn without_taken(
-    transaction: &mut Transaction<'_, Any>,
-    committed: Vec<CommittedUpload>,
-) -> Result<Vec<Result<CommittedUpload, StoreError>>, sqlx::Error> {
-    let mut done = Vec::with_capacity(committed.len());
-    for committed in committed {
-        let there = sqlx::query("SELECT 1 FROM entries WHERE id = $1")
-            .bind(number(committed.entry.id))
-            .fetch_optional(&mut **transaction)
-            .await?;
-        done.push(match there {
-            Some(_) => Ok(committed),
-            None => {
-                for part in &committed.parts {
-                    discard_blob(transaction, part.blob, part.inside, Timestamp::UNIX_EPOCH)
-                        .await?;
-                }
-                Err(StoreError::AlreadyExists)
+        match commit_upload(&mut transaction, commit).await {
+            Ok(committed) => {
+                transaction.commit().await?;
+                Ok(committed)
             }
-        });
+            Err(error) => {
+                transaction.rollback().await?;
+                Err(error)
+            }
+        }
     }
-    Ok(done)
 }
 
-/// Makes an upload of the database's an entry.
 async fn commit_upload(
     transaction: &mut Transaction<'_, Any>,
-    upload: UploadId,
     &Commit {
+        upload,
         size,
         created,
         moments: Moments { now, abandoned },
-        ..
     }: &Commit,
 ) -> Result<CommittedUpload, StoreError> {
     // If two commits run at once, the second finds no upload from here on.

@@ -13,6 +13,7 @@ use crate::serve::catalog::Catalog;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::schema::{Dialect, prepare, schema};
 use crate::serve::catalog::segments::Segments;
+use crate::serve::catalog::unwritten::BatchWriter;
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(30);
@@ -66,12 +67,7 @@ impl Catalog {
 
     async fn open_sqlite(path: &Path) -> Result<Self, sqlx::Error> {
         let url = sqlite_url(path);
-        // Readers do not wait, and each transaction waits for the disk.
-        let pragmas = format!(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
-             PRAGMA busy_timeout = 10000; PRAGMA journal_size_limit = 67108864; \
-             PRAGMA wal_autocheckpoint = {LOG_PAGES}"
-        );
+        let pragmas = pragmas();
         // This allows giving free pages back to the disk. It writes to the file, so only one
         // connection sets it.
         let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
@@ -103,6 +99,7 @@ impl Catalog {
             quick,
             write,
             in_place: Some(Arc::new(in_place)),
+            batch_writer: Some(Arc::new(BatchWriter::open(path, segments.clone())?)),
             segments: Some(segments),
             dialect,
         })
@@ -128,9 +125,18 @@ impl Catalog {
             write: pool,
             in_place: None,
             segments: None,
+            batch_writer: None,
             dialect,
         })
     }
+}
+
+/// The settings of a connection to SQLite: readers do not wait, and each transaction waits for the disk.
+pub(super) fn pragmas() -> String {
+    format!(
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 10000; \
+         PRAGMA journal_size_limit = 67108864; PRAGMA wal_autocheckpoint = {LOG_PAGES}"
+    )
 }
 
 fn options() -> AnyPoolOptions {

@@ -33,6 +33,7 @@ mod rows;
 mod schema;
 mod segments;
 mod settings;
+mod unwritten;
 mod upload_parts;
 mod uploads;
 
@@ -48,11 +49,13 @@ use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::rows::unsigned;
 use crate::serve::catalog::schema::Dialect;
 use crate::serve::catalog::segments::Segments;
+use crate::serve::catalog::unwritten::BatchWriter;
 
-pub use crate::serve::catalog::commit::{Commit, CommitSource, CommittedUpload};
+pub use crate::serve::catalog::commit::{Commit, CommittedUpload};
 pub use crate::serve::catalog::compaction::Compaction;
 pub use crate::serve::catalog::connections::{Database, PostgresUrl};
 pub use crate::serve::catalog::eviction::Removed;
+pub use crate::serve::catalog::unwritten::UnwrittenCommit;
 pub use crate::serve::catalog::upload_parts::{BegunPart, FinishedPart, Replaces, SmallPart};
 pub use crate::serve::catalog::uploads::{NameStatus, Unwritten};
 
@@ -72,6 +75,7 @@ pub struct Catalog {
     /// Only in SQLite, here and below.
     in_place: Option<Arc<InPlaceReader>>,
     segments: Option<Arc<Segments>>,
+    batch_writer: Option<Arc<BatchWriter>>,
     dialect: Dialect,
 }
 
@@ -164,6 +168,9 @@ impl Catalog {
     pub async fn close(&self) {
         if let Some(in_place) = &self.in_place {
             in_place.close();
+        }
+        if let Some(writer) = &self.batch_writer {
+            writer.close();
         }
         self.read.close().await;
         self.quick.close().await;

@@ -9,7 +9,7 @@ use tracing::warn;
 use crate::cache_protocol::ids::UploadId;
 use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::serve::batch::Batcher;
-use crate::serve::catalog::{Catalog, Commit, CommittedUpload, NameStatus};
+use crate::serve::catalog::{Catalog, CommittedUpload, NameStatus, UnwrittenCommit};
 use crate::serve::entry_store::look_up_cache::LookupCache;
 use crate::serve::entry_store::number_pool::NumberPool;
 use crate::serve::uploads_in_memory::HeldUploads;
@@ -32,7 +32,7 @@ pub(super) struct ExclusiveState {
     pub(super) leaving: tokio::sync::Mutex<()>,
     pub(super) numbers: NumberPool,
     pub(super) names: Batcher<EntryName, Result<NameStatus, Arc<sqlx::Error>>>,
-    pub(super) commits: Batcher<(Option<UploadId>, Commit), Result<CommittedUpload, StoreError>>,
+    pub(super) commits: Batcher<(UploadId, UnwrittenCommit), Result<CommittedUpload, StoreError>>,
     pub(super) found: LookupCache,
 }
 
@@ -54,11 +54,12 @@ impl ExclusiveState {
         let commits = {
             let (catalog, held) = (catalog.clone(), held.clone());
             let log = WalTracker::default();
-            move |asked: Vec<(Option<UploadId>, Commit)>| {
+            move |asked: Vec<(UploadId, UnwrittenCommit)>| {
                 let (catalog, held, log) = (catalog.clone(), held.clone(), log.clone());
-                let (ours, commits): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+                let (uploads, commits): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+                let commits: Arc<[UnwrittenCommit]> = commits.into();
                 async move {
-                    let mut done = match catalog.commit(&commits).await {
+                    let mut done = match catalog.commit_unwritten(&commits).await {
                         Ok(done) => done,
                         Err(error) => {
                             let backend = |error| Err(StoreError::Backend(Box::new(error)));
@@ -66,9 +67,8 @@ impl ExclusiveState {
                         }
                     };
                     // Here, since the request may be gone by now.
-                    for (own, done) in ours.iter().zip(&mut done) {
-                        let Some(own) = own else { continue };
-                        let upload_bytes = held.end_commit(*own, done.is_ok());
+                    for (upload, done) in uploads.iter().zip(&mut done) {
+                        let upload_bytes = held.end_commit(*upload, done.is_ok());
                         if let Ok(committed) = done {
                             committed.upload_bytes = upload_bytes;
                         }

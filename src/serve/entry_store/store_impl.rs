@@ -11,7 +11,7 @@ use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Chunk, Content, Entry, EntryName, Query, Store, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::blob_store::StoredContent;
-use crate::serve::catalog::{Commit, CommitSource, CommittedUpload, Moments, NameStatus};
+use crate::serve::catalog::{Commit, CommittedUpload, Moments, NameStatus, UnwrittenCommit};
 use crate::serve::entry_store::content::WatchedContent;
 use crate::serve::entry_store::exclusive::closed;
 use crate::serve::entry_store::look_up_cache::LookupCache;
@@ -50,36 +50,32 @@ impl EntryStore {
         upload: UploadId,
         size: u64,
     ) -> Result<CommittedUpload, StoreError> {
-        let mut commit = Commit {
-            what: CommitSource::Upload(upload),
-            size,
-            created: Timestamp::now(),
-            moments: self.moments(),
-        };
-        let Some(exclusive) = &self.inner.exclusive else {
-            let done = self.inner.catalog.commit(&[commit]).await?;
-            return done.into_iter().next().ok_or_else(closed)?;
-        };
-        let mut held = None;
-        loop {
+        let Moments { now, abandoned } = self.moments();
+        let created = Timestamp::now();
+        while let Some(exclusive) = &self.inner.exclusive {
             match exclusive.held.commit(upload, size)? {
-                UploadLocation::InMemory((name, small)) => {
-                    commit.what = CommitSource::Unwritten(name, small);
-                    held = Some(upload);
+                UploadLocation::InMemory((name, content)) => {
+                    let commit = UnwrittenCommit {
+                        name,
+                        content,
+                        size,
+                        created,
+                        now,
+                    };
+                    let committed = exclusive.commits.ask((upload, commit)).await;
+                    return committed.ok_or_else(closed)?;
                 }
-                UploadLocation::Leaving => {
-                    self.persist_one(upload).await?;
-                    continue;
-                }
-                UploadLocation::NotInMemory => {}
+                UploadLocation::Leaving => self.persist_one(upload).await?,
+                UploadLocation::NotInMemory => break,
             }
-            break;
         }
-        exclusive
-            .commits
-            .ask((held, commit))
-            .await
-            .ok_or_else(closed)?
+        let commit = Commit {
+            upload,
+            size,
+            created,
+            moments: Moments { now, abandoned },
+        };
+        self.inner.catalog.commit(&commit).await
     }
 }
 
