@@ -97,7 +97,7 @@ impl Catalog {
         let Some(segments) = &self.segments else {
             return Ok(());
         };
-        // Nobody deletes the new segment while this connection is taken.
+        let _unnamed = segments.unnamed().await;
         let mut connection = self.write.acquire().await?;
         let (blobs, locations): (Vec<BlobId>, Vec<Location>) = located.iter().copied().unzip();
         let moved = blocking(segments, move |segments| {
@@ -135,16 +135,15 @@ impl Catalog {
         Ok(())
     }
 
-    /// Deletes `segment` if no row names it. No row is about to, since this takes the connection that
-    /// writes.
+    /// Deletes `segment` if no row names it.
     async fn delete_if_dead(&self, segment: u64) -> Result<bool, StoreError> {
         let Some(segments) = &self.segments else {
             return Ok(false);
         };
-        let mut connection = self.write.acquire().await?;
+        let _all_named = segments.all_named().await;
         let named = sqlx::query("SELECT 1 FROM contents WHERE segment = $1 LIMIT 1")
             .bind(number(segment))
-            .fetch_optional(&mut *connection)
+            .fetch_optional(&self.read)
             .await?;
         if named.is_some() {
             return Ok(false);

@@ -30,9 +30,8 @@ pub(super) enum StoredBytes {
 }
 
 impl Catalog {
-    /// Appends contents to a segment, where the database has those. They are on the disk when this returns.
-    /// The caller has the connection that writes, and keeps it until their rows are written: until then no
-    /// segment is deleted.
+    /// Appends contents to a segment, where the database has those. They are on the disk when this returns,
+    /// and the caller keeps the result until their rows are written.
     ///
     /// # Errors
     /// An error of the disk.

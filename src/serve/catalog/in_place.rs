@@ -11,13 +11,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_protocol::ids::BlobId;
+use crate::cache_protocol::store::EntryName;
 use crate::serve::catalog::contents::{ATTEMPTS, StoredBytes};
 use crate::serve::catalog::rows::number;
 use crate::serve::catalog::segments::{Location, Segments};
+use crate::serve::catalog::uploads::NameStatus;
 
 /// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
 /// the system has in memory takes some ten microseconds, one of a solid state disk some hundred.
@@ -54,23 +56,27 @@ impl InPlaceReader {
 
     /// The bytes of `blob`, if the database has it. `None` if it must be asked otherwise: all other threads
     /// read, the disk was slow lately, the reader is closed, or the read failed.
-    pub(super) fn read(&self, blob: BlobId) -> Option<Option<Bytes>> {
-        let _permit = self.begin()?;
-        let begun = Instant::now();
-        let content = self.content(blob);
-        self.observe(begun.elapsed());
-        content
+    pub(super) fn content(&self, blob: BlobId) -> Option<Option<Bytes>> {
+        self.read(|connection| self.content_by(connection, blob))
     }
 
-    fn content(&self, blob: BlobId) -> Option<Option<Bytes>> {
+    /// Whether `name` can be reserved. `None` as above.
+    pub(super) fn name_status(&self, name: &EntryName) -> Option<NameStatus> {
+        self.read(|connection| name_status(connection, name).ok())
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&Connection) -> Option<T>) -> Option<T> {
+        let _permit = self.begin()?;
+        let begun = Instant::now();
         let connection = self.take()?;
-        let content = self.content_by(&connection, blob);
+        let found = read(&connection);
         if let Ok(mut idle) = self.idle.lock()
             && let Some(idle) = &mut *idle
         {
             idle.push(connection);
         }
-        content
+        self.observe(begun.elapsed());
+        found
     }
 
     fn content_by(&self, connection: &Connection, blob: BlobId) -> Option<Option<Bytes>> {
@@ -148,6 +154,21 @@ fn stored_content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Opt
         .optional()
 }
 
+fn name_status(connection: &Connection, name: &EntryName) -> rusqlite::Result<NameStatus> {
+    let name = params![&*name.scope.0, name.version, name.key];
+    let mut found = connection.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM entries WHERE scope = ?1 AND version = ?2 AND key = ?3), \
+         EXISTS (SELECT 1 FROM uploads WHERE scope = ?1 AND version = ?2 AND key = ?3)",
+    )?;
+    found.query_row(name, |row| {
+        Ok(match (row.get(0)?, row.get(1)?) {
+            (true, _) => NameStatus::Committed,
+            (false, true) => NameStatus::Reserved,
+            (false, false) => NameStatus::Free,
+        })
+    })
+}
+
 fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<u64>> {
     let value: Option<i64> = row.get(column)?;
     Ok(value.map(|value| u64::try_from(value).unwrap_or(0)))
@@ -181,9 +202,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let reader = reader(&database(folder.path()), 2);
         for _ in 0..2 {
-            let content = reader.read(BlobId(7));
+            let content = reader.content(BlobId(7));
             assert_eq!(content, Some(Some(Bytes::from_static(b"abc"))));
-            assert_eq!(reader.read(BlobId(8)), Some(None));
+            assert_eq!(reader.content(BlobId(8)), Some(None));
         }
     }
 
@@ -192,9 +213,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let reader = reader(&database(folder.path()), 2);
         reader.observe(SLOW);
-        assert!(reader.read(BlobId(7)).is_some());
+        assert!(reader.content(BlobId(7)).is_some());
         reader.observe(SLOW + Duration::from_nanos(1));
-        let skipped = std::iter::from_fn(|| reader.read(BlobId(7)).is_none().then_some(()));
+        let skipped = std::iter::from_fn(|| reader.content(BlobId(7)).is_none().then_some(()));
         assert_eq!(skipped.count() as u32, SKIPPED);
     }
 
@@ -202,13 +223,13 @@ mod tests {
     fn one_thread_of_the_runtime_never_reads() {
         let folder = tempfile::tempdir().unwrap();
         let path = database(folder.path());
-        assert_eq!(reader(&path, 1).read(BlobId(7)), None);
+        assert_eq!(reader(&path, 1).content(BlobId(7)), None);
         let reader = reader(&path, 3);
         let first = reader.begin().unwrap();
         let second = reader.begin().unwrap();
-        assert_eq!(reader.read(BlobId(7)), None);
+        assert_eq!(reader.content(BlobId(7)), None);
         drop(first);
-        assert!(reader.read(BlobId(7)).is_some());
+        assert!(reader.content(BlobId(7)).is_some());
         drop(second);
         assert_eq!(reader.readers.available_permits(), 2);
     }
@@ -217,15 +238,15 @@ mod tests {
     fn a_database_that_cannot_be_read_and_a_closed_reader_leave_the_read_to_others() {
         let folder = tempfile::tempdir().unwrap();
         let missing = reader(&folder.path().join("missing"), 2);
-        assert_eq!(missing.read(BlobId(7)), None);
+        assert_eq!(missing.content(BlobId(7)), None);
         assert!(!folder.path().join("missing").exists());
         let path = database(folder.path());
         let reader = reader(&path, 2);
-        assert!(reader.read(BlobId(7)).is_some());
+        assert!(reader.content(BlobId(7)).is_some());
         let log = folder.path().join("catalog-wal");
         assert!(log.exists());
         reader.close();
         assert!(!log.exists());
-        assert_eq!(reader.read(BlobId(7)), None);
+        assert_eq!(reader.content(BlobId(7)), None);
     }
 }

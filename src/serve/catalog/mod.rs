@@ -43,7 +43,7 @@ use bytes::Bytes;
 use sqlx::{AnyPool, Executor};
 
 use crate::cache_protocol::ids::BlobId;
-use crate::cache_protocol::store::StoreError;
+use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::rows::unsigned;
@@ -161,7 +161,13 @@ impl Catalog {
     /// The bytes of `blob`, if the database has it, read in the thread that asks. `None` if
     /// [`contents`](Self::contents) must be asked: in PostgreSQL, or while the disk is slow.
     pub fn content_in_place(&self, blob: BlobId) -> Option<Option<Bytes>> {
-        self.in_place.as_ref()?.read(blob)
+        self.in_place.as_ref()?.content(blob)
+    }
+
+    /// Whether `name` can be reserved, read in the thread that asks. `None` if
+    /// [`name_statuses`](Self::name_statuses) must be asked.
+    pub fn name_status_in_place(&self, name: &EntryName) -> Option<NameStatus> {
+        self.in_place.as_ref()?.name_status(name)
     }
 
     /// Closes the connections; SQLite then leaves one file.

@@ -32,8 +32,15 @@ impl EntryStore {
         let upload = numbers.upload(catalog).await?;
         let (reserving, given_up) = exclusive.held.reserve(name, upload, now, abandoned)?;
         self.subtract_finished(given_up);
-        let taken = exclusive.names.ask(name.clone()).await.ok_or_else(closed)?;
-        match taken.map_err(|error| StoreError::Backend(Box::new(error)))? {
+        let status = match catalog.name_status_in_place(name) {
+            Some(status) => status,
+            None => {
+                let status = exclusive.names.ask(name.clone()).await;
+                let status = status.ok_or_else(closed)?;
+                status.map_err(|error| StoreError::Backend(Box::new(error)))?
+            }
+        };
+        match status {
             NameStatus::Free => {
                 reserving.keep();
                 Ok(upload)
