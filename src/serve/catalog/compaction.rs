@@ -4,8 +4,6 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io;
 
-use sqlx::Connection;
-
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
@@ -98,7 +96,7 @@ impl Catalog {
             return Ok(());
         };
         let _unnamed = segments.unnamed().await;
-        let mut connection = self.write.acquire().await?;
+        let mut connection = self.writer().await?;
         let (blobs, locations): (Vec<BlobId>, Vec<Location>) = located.iter().copied().unzip();
         let moved = blocking(segments, move |segments| {
             let mut found = Vec::with_capacity(locations.len());

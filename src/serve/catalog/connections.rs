@@ -1,12 +1,15 @@
 //! Opens the database: its address, its connections and their settings.
 
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use sqlx::any::AnyPoolOptions;
-use sqlx::{AnyConnection, Connection, Executor};
+use sqlx::pool::PoolConnection;
+use sqlx::{Any, AnyConnection, Connection, Executor, Transaction};
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
 use crate::serve::catalog::Catalog;
@@ -98,6 +101,7 @@ impl Catalog {
             read,
             quick,
             write,
+            turn: Some(Arc::default()),
             in_place: Some(Arc::new(in_place)),
             batch_writer: Some(Arc::new(BatchWriter::open(path, segments.clone())?)),
             segments: Some(segments),
@@ -123,11 +127,57 @@ impl Catalog {
             read: pool.clone(),
             quick: pool.clone(),
             write: pool,
+            turn: None,
             in_place: None,
             segments: None,
             batch_writer: None,
             dialect,
         })
+    }
+}
+
+/// A connection that writes; in SQLite also the turn to do so, which ends when this is dropped.
+pub(super) struct Writer {
+    connection: PoolConnection<Any>,
+    _turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl Writer {
+    /// Begins a transaction.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub(super) async fn begin(&mut self) -> Result<Transaction<'_, Any>, sqlx::Error> {
+        self.connection.begin().await
+    }
+}
+
+impl Deref for Writer {
+    type Target = AnyConnection;
+
+    fn deref(&self) -> &AnyConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Writer {
+    fn deref_mut(&mut self) -> &mut AnyConnection {
+        &mut self.connection
+    }
+}
+
+impl Catalog {
+    /// A connection that writes, once it is this request's turn.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub(super) async fn writer(&self) -> Result<Writer, sqlx::Error> {
+        let _turn = match &self.turn {
+            Some(turn) => Some(turn.clone().lock_owned().await),
+            None => None,
+        };
+        let connection = self.write.acquire().await?;
+        Ok(Writer { connection, _turn })
     }
 }
 

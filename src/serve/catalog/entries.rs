@@ -81,7 +81,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn remove_entry(&self, entry: EntryId, now: Timestamp) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         let row = sqlx::query("DELETE FROM entries WHERE id = $1 RETURNING size, parts")
             .bind(number(entry))
             .fetch_optional(&mut *transaction)
@@ -98,7 +99,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn record_use(&self, used: &[(EntryId, Timestamp)]) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         for used in in_steps(used) {
             let update = format!(
                 "WITH recent (id, used) AS (VALUES {}) UPDATE entries SET used = recent.used \

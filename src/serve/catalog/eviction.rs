@@ -28,7 +28,8 @@ impl Catalog {
     pub async fn expire(&self, before: Timestamp, now: Timestamp) -> Result<Removed, StoreError> {
         let mut swept = Removed::default();
         loop {
-            let mut transaction = self.write.begin().await?;
+            let mut writer = self.writer().await?;
+            let mut transaction = writer.begin().await?;
             let rows = sqlx::query(
                 "DELETE FROM entries WHERE id IN \
                  (SELECT id FROM entries WHERE used < $1 ORDER BY used, id LIMIT $2) \
@@ -84,7 +85,8 @@ impl Catalog {
         );
         let mut swept = Removed::default();
         while swept.bytes < bytes {
-            let mut transaction = self.write.begin().await?;
+            let mut writer = self.writer().await?;
+            let mut transaction = writer.begin().await?;
             let oldest = sqlx::query(sqlx::AssertSqlSafe(oldest.clone()))
                 .bind(repository)
                 .bind(SWEEP_ROWS)

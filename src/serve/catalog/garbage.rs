@@ -31,7 +31,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn forget_garbage(&self, blobs: &[BlobId]) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         for blob in blobs {
             sqlx::query("DELETE FROM garbage WHERE blob = $1")
                 .bind(number(*blob))

@@ -41,6 +41,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use sqlx::{AnyPool, Executor};
+use tokio::sync::Mutex;
 
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::{EntryName, StoreError};
@@ -69,10 +70,11 @@ pub struct Catalog {
     /// The same as `read` in PostgreSQL. In SQLite it is for batched queries: a few connections
     /// whose statements stay prepared.
     quick: AnyPool,
-    /// The same as `read` in PostgreSQL. SQLite has one writer at a time, and it is better to wait
-    /// for it here than in the file's lock.
+    /// The same as `read` in PostgreSQL. [`Catalog::writer`] lends its connections.
     write: AnyPool,
-    /// Only in SQLite, here and below.
+    /// SQLite has one writer at a time, and it is better to wait for it here than in the file's lock. Only
+    /// in SQLite, here and below.
+    turn: Option<Arc<Mutex<()>>>,
     in_place: Option<Arc<InPlaceReader>>,
     segments: Option<Arc<Segments>>,
     batch_writer: Option<Arc<BatchWriter>>,
@@ -120,7 +122,7 @@ impl Catalog {
     /// An error of the database.
     pub async fn give_back(&self) -> Result<(), StoreError> {
         if self.dialect == Dialect::Sqlite {
-            let mut connection = self.write.acquire().await?;
+            let mut connection = self.writer().await?;
             connection.execute("PRAGMA incremental_vacuum").await?;
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
         }

@@ -19,11 +19,11 @@ impl Catalog {
         )
         .bind(name)
         .bind(default)
-        .execute(&self.write)
+        .execute(&mut *self.writer().await?)
         .await?;
         let row = sqlx::query("SELECT value FROM settings WHERE name = $1")
             .bind(name)
-            .fetch_one(&self.write)
+            .fetch_one(&mut *self.writer().await?)
             .await?;
         row.try_get("value")
     }
@@ -35,7 +35,7 @@ impl Catalog {
     pub async fn drop_setting(&self, name: &str) -> Result<(), sqlx::Error> {
         sqlx::query("DELETE FROM settings WHERE name = $1")
             .bind(name)
-            .execute(&self.write)
+            .execute(&mut *self.writer().await?)
             .await?;
         Ok(())
     }
@@ -63,7 +63,7 @@ impl Catalog {
              RETURNING value",
         )
         .bind(milliseconds(now))
-        .fetch_optional(&self.write)
+        .fetch_optional(&mut *self.writer().await?)
         .await?;
         let Some(row) = row else { return Ok(now) };
         let value: String = row.try_get("value")?;

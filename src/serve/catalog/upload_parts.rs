@@ -1,7 +1,7 @@
 //! The parts of uploads: announced, written, replaced.
 
 use bytes::Bytes;
-use sqlx::{Any, Connection, Executor, Row};
+use sqlx::{Any, Executor, Row};
 
 use crate::cache_protocol::blob_digests::Digests;
 use crate::cache_protocol::ids::{BlobId, UploadId};
@@ -105,7 +105,7 @@ impl Catalog {
         .bind(block)
         .bind(number(start))
         .bind(milliseconds(now))
-        .fetch_optional(&self.write)
+        .fetch_optional(&mut *self.writer().await?)
         .await?
         .ok_or(StoreError::NoSuchUpload)?;
         let (blob, others) = (BlobId(unsigned(&row, "id")?), unsigned(&row, "others")?);
@@ -128,7 +128,7 @@ impl Catalog {
         sqlx::query("UPDATE parts SET used = $2 WHERE id = $1")
             .bind(number(blob))
             .bind(milliseconds(now))
-            .execute(&self.write)
+            .execute(&mut *self.writer().await?)
             .await?;
         Ok(())
     }
@@ -146,10 +146,10 @@ impl Catalog {
     ) -> Result<u64, StoreError> {
         if part.replaces == Replaces::Nothing && part.inside.is_none() {
             // Most large uploads take this path, so it needs no transaction.
-            record_finish(&self.write, part, now).await?;
+            record_finish(&mut *self.writer().await?, part, now).await?;
             return Ok(0);
         }
-        let mut connection = self.write.acquire().await?;
+        let mut connection = self.writer().await?;
         let content = part.inside.iter().map(|bytes| (part.blob, bytes.clone()));
         let content = self.store_contents(content.collect()).await?;
         let mut transaction = connection.begin().await?;
@@ -196,7 +196,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn abandon_part(&self, blob: BlobId) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         sqlx::query("DELETE FROM parts WHERE id = $1")
             .bind(number(blob))
             .execute(&mut *transaction)
@@ -219,7 +220,8 @@ impl Catalog {
         limit: u64,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         let updated = sqlx::query("UPDATE uploads SET blocks = $2, used = $3 WHERE id = $1")
             .bind(number(upload))
             .bind(encode(blocks)?)
@@ -252,7 +254,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn drop_unfinished(&self) -> Result<u64, StoreError> {
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         let parts = sqlx::query("DELETE FROM parts WHERE size IS NULL RETURNING id")
             .fetch_all(&mut *transaction)
             .await?;

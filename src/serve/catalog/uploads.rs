@@ -1,6 +1,6 @@
 //! Reservations: names that are taken, and uploads that are not entries yet.
 
-use sqlx::{Any, Connection, Executor};
+use sqlx::{Any, Executor};
 
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::{EntryName, StoreError};
@@ -47,10 +47,11 @@ impl Catalog {
         now: Timestamp,
         abandoned: Timestamp,
     ) -> Result<UploadId, StoreError> {
-        if let Some(upload) = insert_upload(&self.write, name, now).await? {
+        if let Some(upload) = insert_upload(&mut *self.writer().await?, name, now).await? {
             return Ok(upload);
         }
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         let given_up = sqlx::query(
             "DELETE FROM uploads WHERE scope = $1 AND version = $2 AND key = $3 AND used < $4 \
              AND NOT EXISTS (SELECT 1 FROM parts WHERE upload = uploads.id AND parts.used >= $4) \
@@ -154,7 +155,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn take_numbers(&self, count: u64) -> Result<(UploadId, BlobId), sqlx::Error> {
-        let mut connection = self.write.acquire().await?;
+        let mut connection = self.writer().await?;
         let mut transaction = connection.begin().await?;
         let mut first = [0, 0];
         for (table, first) in ["uploads", "parts"].into_iter().zip(&mut first) {
@@ -187,7 +188,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn persist(&self, uploads: &[Unwritten]) -> Result<(), StoreError> {
-        let mut connection = self.write.acquire().await?;
+        let mut connection = self.writer().await?;
         let contents = uploads.iter().filter_map(|upload| upload.content.as_ref());
         let contents = contents.map(|small| (small.blob, small.bytes.clone()));
         let contents = self.store_contents(contents.collect()).await?;
@@ -233,7 +234,8 @@ impl Catalog {
     /// An error of the database.
     pub async fn abandon(&self, abandoned: Timestamp, now: Timestamp) -> Result<u64, StoreError> {
         let mut count = 0;
-        let mut transaction = self.write.begin().await?;
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin().await?;
         let uploads = sqlx::query(
             "DELETE FROM uploads WHERE used < $1 AND NOT EXISTS \
              (SELECT 1 FROM parts WHERE upload = uploads.id AND parts.used >= $1) RETURNING id",
