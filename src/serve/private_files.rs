@@ -42,7 +42,7 @@ pub fn folder(folder: &Path) -> io::Result<bool> {
 /// Fails if it cannot be read.
 #[cfg(unix)]
 pub fn keep_name(folder: &Path) -> io::Result<()> {
-    fs::File::open(folder)?.sync_all()?;
+    sync(folder)?;
     let above = match folder.parent() {
         Some(above) if above.as_os_str().is_empty() => Some(Path::new(".")),
         above => above,
@@ -52,6 +52,24 @@ pub fn keep_name(folder: &Path) -> io::Result<()> {
         Some(Ok(above)) => above.sync_all(),
         Some(Err(_)) | None => Ok(()),
     }
+}
+
+/// Syncs the names in `folder` to the disk.
+///
+/// # Errors
+/// Fails if it cannot be read.
+#[cfg(unix)]
+pub fn sync(folder: &Path) -> io::Result<()> {
+    fs::File::open(folder)?.sync_all()
+}
+
+/// On these systems folders are no files and cannot be synced.
+///
+/// # Errors
+/// It never fails.
+#[cfg(not(unix))]
+pub fn sync(_folder: &Path) -> io::Result<()> {
+    Ok(())
 }
 
 /// On these systems folders are no files and cannot be synced.

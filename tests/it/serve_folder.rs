@@ -140,6 +140,7 @@ async fn blocks_with_names_that_look_like_paths_stay_where_they_belong() {
             "catalog.sqlite",
             "catalog.sqlite-shm",
             "catalog.sqlite-wal",
+            "contents",
             "lock",
             "reserve"
         ]

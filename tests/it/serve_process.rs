@@ -1125,9 +1125,10 @@ async fn no_other_user_of_the_machine_reads_or_writes_its_folder_also_where_it_w
     let target = target(&served, &served.token);
     let cache = target.cache();
     cache.save("k", noise(300_000)).await;
+    cache.save("small", "content").await;
     let url = cache.locate("k").await;
     let modes_now = modes(&folder);
-    assert!(modes_now.len() > 6, "{modes_now:?}");
+    assert!(modes_now.len() > 8, "{modes_now:?}");
     for (path, mode) in &modes_now {
         assert_eq!(mode & 0o077, 0, "{} {mode:o}", path.display());
     }
@@ -1145,6 +1146,7 @@ async fn no_other_user_of_the_machine_reads_or_writes_its_folder_also_where_it_w
         "catalog.sqlite-shm",
         "lock",
         "blobs",
+        "contents",
     ] {
         let path = folder.join(name);
         let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
@@ -1189,20 +1191,52 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Saves entries of 1 MB until one does not fit, and gives how many did.
+/// Saves entries of this size until one does not fit, and gives how many did.
 #[cfg(target_os = "linux")]
-async fn fill(target: &Target, cache: &Cache<'_>) -> usize {
-    for number in 0..100 {
-        let key = format!("fill-{number}");
+async fn fill(target: &Target, cache: &Cache<'_>, size: usize) -> usize {
+    for number in 0..100_000_000 / size {
+        let key = format!("fill-{number:03}");
         let url = cache.reserve(&key).await;
-        let put = target.put(&url, noise(1_000_000)).await;
+        let put = target.put(&url, noise(size)).await;
         if put.status != 201 {
             assert_eq!(put.status, 503);
             return number;
         }
-        cache.finalize(&key, 1_000_000).await.expect(200);
+        // A small one is written now, and the service makes room for it.
+        let evicts = cache.finalize(&key, size).await.status != 200;
+        if evicts || cache.matched(&["fill-000"]).await.is_none() {
+            return number;
+        }
     }
     panic!("100 MB were taken by a disk of 24");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_small_entries_fill_up_makes_room_by_some_of_them() {
+    let Some(disk) = SmallDisk::new("24m") else {
+        return;
+    };
+    let served = Served::start(disk.0.path(), &["--max-size", "100MiB"]);
+    let target = target(&served, &served.token);
+    let cache = target.cache();
+    for round in 0..3 {
+        let number = fill(&target, &cache, 100_000).await;
+        assert!(number > 100, "{number}");
+        cache.save(&format!("next-{round}"), noise(100_000)).await;
+        served.wait_for_log("the disk was full");
+        // What is left of them is whole, also after the segments were emptied.
+        let mut left = 0;
+        for number in 0..number {
+            let key = format!("fill-{number:03}");
+            if cache.matched(&[&key]).await.is_some() {
+                let url = cache.locate(&key).await;
+                assert!(target.get(&url).await.expect(200).body == noise(100_000));
+                left += 1;
+            }
+        }
+        eprintln!("round {round}: {number} entries, {left} left");
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -1214,10 +1248,10 @@ async fn a_disk_that_fills_up_makes_room_by_entries_and_takes_the_next_upload() 
     let served = Served::start(disk.0.path(), &["--max-size", "100MiB"]);
     let target = target(&served, &served.token);
     let cache = target.cache();
-    let number = fill(&target, &cache).await;
+    let number = fill(&target, &cache, 1_000_000).await;
     assert!(number > 10, "{number}");
     // The client tries again, as it was told to.
-    let key = format!("fill-{number}");
+    let key = format!("fill-{number:03}");
     cache.create(&key).await.expect(409);
     cache.save("next", noise(1_000_000)).await;
     assert!(cache.load("next").await.len() > 1);

@@ -964,13 +964,33 @@ async fn a_small_entry_needs_no_blob_of_its_own_and_a_large_one_is_in_none_of_th
     }
 }
 
+/// The segments of a place, oldest first.
+fn segments(place: &Place) -> Vec<PathBuf> {
+    let folder = place._folder.path().join("contents");
+    let files = std::fs::read_dir(folder).unwrap();
+    let mut segments: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+    segments.sort();
+    segments
+}
+
+/// How many bytes the segments of a place have.
+fn segment_bytes(place: &Place) -> u64 {
+    let segments = segments(place);
+    let lengths = segments.iter().map(|path| path.metadata().unwrap().len());
+    lengths.sum()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn content_that_changed_in_the_database_is_a_miss_and_is_saved_again() {
+async fn content_that_changed_in_the_database_or_its_segment_is_a_miss_and_is_saved_again() {
+    type Change = fn(&Path);
     let place = Place::new("SQLite and a folder", StoreLimits::of_entries(LIMIT)).await;
-    let store = place.open().await;
+    let mut store = place.open().await;
     for change in [
-        "UPDATE contents SET content = X'636f6e74656e75'",
-        "UPDATE contents SET content = SUBSTR(content, 2)",
+        "UPDATE contents SET start = start + 1",
+        "UPDATE contents SET length = length - 1",
+        "UPDATE contents SET length = 1 << 60",
+        "UPDATE contents SET segment = 99",
+        "UPDATE contents SET segment = NULL, content = X'636f6e74656e75'",
         "DELETE FROM contents",
     ] {
         let entry = put(&store, "k", "content").await;
@@ -979,7 +999,107 @@ async fn content_that_changed_in_the_database_is_a_miss_and_is_saved_again() {
         assert!(store.open(entry.id).await.is_none(), "{change}");
         assert!(find(&store, "k").await.is_none(), "{change}");
     }
+    let changes: [(&str, Change); 3] = [
+        ("changed", |segment| {
+            let length = std::fs::read(segment).unwrap().len();
+            std::fs::write(segment, "x".repeat(length)).unwrap();
+        }),
+        ("emptied", |segment| std::fs::write(segment, "").unwrap()),
+        ("deleted", |segment| std::fs::remove_file(segment).unwrap()),
+    ];
+    for (what, change) in changes {
+        let entry = put(&store, "k", "content").await;
+        assert_eq!(get(&store, "k").await.as_deref(), Some("content"));
+        store.close().await;
+        change(segments(&place).last().unwrap());
+        store = place.open().await;
+        assert!(store.open(entry.id).await.is_none(), "{what}");
+        assert!(find(&store, "k").await.is_none(), "{what}");
+    }
     put(&store, "k", "content").await;
+    assert_eq!(get(&store, "k").await.as_deref(), Some("content"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn segments_that_are_mostly_dead_are_emptied_while_jobs_read_and_write() {
+    const SIZE: usize = 200_000;
+    let limits = StoreLimits {
+        unused: Some(60 * MINUTE),
+        ..StoreLimits::of_entries(LIMIT)
+    };
+    let place = Place::new("SQLite and a folder", limits).await;
+    let store = place.open().await;
+    let content: Vec<Bytes> = long(SIZE).try_collect().await.unwrap();
+    let content = content.concat();
+    for number in 0..100 {
+        put_as(&store, name(&format!("{number}")), SIZE)
+            .await
+            .unwrap();
+    }
+    let before = segment_bytes(&place);
+    assert_eq!(before, 100 * SIZE as u64);
+    place.pass(40 * MINUTE);
+    let used: Vec<String> = (0..100)
+        .step_by(10)
+        .map(|number| number.to_string())
+        .collect();
+    for key in &used {
+        assert!(find(&store, key).await.is_some());
+    }
+    place.pass(40 * MINUTE);
+    let reads = async {
+        for _ in 0..20 {
+            for key in &used {
+                let found = find(&store, key).await.unwrap();
+                let read = read(&store, found.id, 0, SIZE as u64).await;
+                assert!(read.is_some_and(|read| read == content), "{key}");
+            }
+        }
+    };
+    let writes = async {
+        for number in 0..10 {
+            let key = format!("new {number}");
+            put_as(&store, name(&key), SIZE).await.unwrap();
+        }
+    };
+    let (swept, (), ()) = tokio::join!(store.sweep(), reads, writes);
+    assert_eq!(swept.unwrap().expired, 90);
+    // The segment that is appended to stays as it is.
+    store.sweep().await.unwrap();
+    let live = 20 * SIZE as u64;
+    let after = segment_bytes(&place);
+    assert!(after >= live && after < live + (5 << 20), "{after}");
+    store.close().await;
+    let store = place.open().await;
+    store.sweep().await.unwrap();
+    let after = segment_bytes(&place);
+    assert!(after >= live && after < live * 3 / 2, "{after}");
+    for key in used
+        .into_iter()
+        .chain((0..10).map(|number| format!("new {number}")))
+    {
+        let found = find(&store, &key).await.unwrap();
+        let read = read(&store, found.id, 0, SIZE as u64).await;
+        assert!(read.is_some_and(|read| read == content), "{key}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn segments_that_a_killed_service_or_another_database_left_are_deleted() {
+    let place = Place::new("SQLite and a folder", StoreLimits::of_entries(LIMIT)).await;
+    let store = place.open().await;
+    put(&store, "k", "content").await;
+    let folder = place._folder.path().join("contents");
+    let left = folder.join("0000000007.segment");
+    let other = folder.join("notes");
+    for path in [&left, &other] {
+        std::fs::write(path, "left").unwrap();
+    }
+    store.sweep().await.unwrap();
+    assert!(!left.exists() && other.exists());
+    store.close().await;
+    let store = place.open().await;
+    store.sweep().await.unwrap();
     assert_eq!(get(&store, "k").await.as_deref(), Some("content"));
 }
 
@@ -1013,8 +1133,13 @@ async fn change_postgres(place: &Place, statements: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_of_an_older_version_is_read_and_written_on() {
-    // The parts of an older service, before small contents were in the database, and of one before
-    // there were digests.
+    // A service that had small contents in their rows, one before that, and one before there were digests.
+    let to_3 = [
+        "ALTER TABLE contents DROP COLUMN segment",
+        "ALTER TABLE contents DROP COLUMN start",
+        "ALTER TABLE contents DROP COLUMN length",
+    ];
+    let in_row = "UPDATE contents SET content = CAST('content' AS BLOB)";
     let to_2 = [
         "DROP TABLE contents",
         "ALTER TABLE parts DROP COLUMN inside",
@@ -1024,10 +1149,13 @@ async fn a_store_of_an_older_version_is_read_and_written_on() {
         "ALTER TABLE entries DROP COLUMN stored",
     ];
     for place in Place::all(StoreLimits::of_entries(LIMIT)).await {
-        for version in ["2", "1"] {
+        for version in ["3", "2", "1"] {
             let store = place.open().await;
             let key = format!("before {version}");
             let entry = put_long(&store, &key).await;
+            if version == "3" {
+                put(&store, "small before 3", "content").await;
+            }
             let half = store
                 .reserve(name(&format!("half {version}")))
                 .await
@@ -1039,14 +1167,17 @@ async fn a_store_of_an_older_version_is_read_and_written_on() {
                         POSITION(',' IN SUBSTR(parts, 3)) - 1) || ',300000]]'";
             let bare_in_sqlite = "UPDATE entries SET parts = '[[' || SUBSTR(parts, 3, \
                         INSTR(SUBSTR(parts, 3), ',') - 1) || ',300000]]'";
-            let mut statements = to_2.to_vec();
-            if version == "1" {
-                statements.extend(to_1);
+            let mut statements = Vec::new();
+            match version {
+                "3" => statements.extend(to_3),
+                "2" => statements.extend(to_2),
+                _ => statements.extend(to_2.into_iter().chain(to_1)),
             }
             statements.push(&set);
             if place.name.contains("SQLite") {
                 // A part without digests, as the first version had them.
                 statements.extend((version == "1").then_some(bare_in_sqlite));
+                statements.extend((version == "3").then_some(in_row));
                 change_sqlite(&place, &statements).await;
             } else {
                 statements.extend((version == "1").then_some(bare));
@@ -1058,6 +1189,12 @@ async fn a_store_of_an_older_version_is_read_and_written_on() {
             assert_eq!(found.id, entry.id, "{} {version}", place.name);
             let read = read(&store, entry.id, 0, LONG as u64).await.unwrap();
             assert!(read == whole.concat(), "{} {version}", place.name);
+            if version == "3" {
+                let small = get(&store, "small before 3").await;
+                assert_eq!(small.as_deref(), Some("content"), "{}", place.name);
+                let small = find(&store, "small before 3").await.unwrap();
+                store.mark_missing(small.id).await;
+            }
             // An upload continues at its place.
             store.write_block(half, "2", long(7)).await.unwrap();
             let list = ["1", "2"].map(str::to_owned).to_vec();

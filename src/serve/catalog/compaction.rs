@@ -9,7 +9,7 @@ use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, location};
 use crate::serve::catalog::rows::{number, unsigned};
-use crate::serve::catalog::segments::Location;
+use crate::serve::catalog::segments::ContentLocation;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
 const MOVED_AT_ONCE: usize = 64;
@@ -81,7 +81,7 @@ impl Catalog {
         .bind(number(segment))
         .fetch_all(&self.read)
         .await?;
-        let located: Vec<(BlobId, Location)> = rows
+        let located: Vec<(BlobId, ContentLocation)> = rows
             .iter()
             .map(|row| Ok((BlobId(unsigned(row, "blob")?), location(row)?)))
             .collect::<Result<_, sqlx::Error>>()?;
@@ -91,13 +91,14 @@ impl Catalog {
         Ok(())
     }
 
-    async fn copy(&self, located: &[(BlobId, Location)]) -> Result<(), StoreError> {
+    async fn copy(&self, located: &[(BlobId, ContentLocation)]) -> Result<(), StoreError> {
         let Some(segments) = &self.segments else {
             return Ok(());
         };
-        let _unnamed = segments.unnamed().await;
-        let mut connection = self.writer().await?;
-        let (blobs, locations): (Vec<BlobId>, Vec<Location>) = located.iter().copied().unzip();
+        // Nobody deletes the new segment before the rows name it.
+        let mut writer = self.writer().await?;
+        let (blobs, locations): (Vec<BlobId>, Vec<ContentLocation>) =
+            located.iter().copied().unzip();
         let moved = blocking(segments, move |segments| {
             let mut found = Vec::with_capacity(locations.len());
             let mut contents = Vec::with_capacity(locations.len());
@@ -116,7 +117,7 @@ impl Catalog {
             Ok(found.into_iter().zip(new).collect::<Vec<_>>())
         });
         let moved = moved.await?;
-        let mut transaction = connection.begin().await?;
+        let mut transaction = writer.begin().await?;
         for ((blob, old), new) in moved {
             // The row of a content that was deleted meanwhile is not there.
             sqlx::query(
@@ -133,15 +134,15 @@ impl Catalog {
         Ok(())
     }
 
-    /// Deletes `segment` if no row names it.
+    /// Deletes `segment` if no row names it. No row is about to, since this has its turn to write.
     async fn delete_if_dead(&self, segment: u64) -> Result<bool, StoreError> {
         let Some(segments) = &self.segments else {
             return Ok(false);
         };
-        let _all_named = segments.all_named().await;
+        let mut writer = self.writer().await?;
         let named = sqlx::query("SELECT 1 FROM contents WHERE segment = $1 LIMIT 1")
             .bind(number(segment))
-            .fetch_optional(&self.read)
+            .fetch_optional(&mut *writer)
             .await?;
         if named.is_some() {
             return Ok(false);

@@ -137,12 +137,12 @@ impl Catalog {
 }
 
 /// A connection that writes; in SQLite also the turn to do so, which ends when this is dropped.
-pub(super) struct Writer {
+pub(super) struct DatabaseWriter {
     connection: PoolConnection<Any>,
     _turn: Option<OwnedMutexGuard<()>>,
 }
 
-impl Writer {
+impl DatabaseWriter {
     /// Begins a transaction.
     ///
     /// # Errors
@@ -152,7 +152,7 @@ impl Writer {
     }
 }
 
-impl Deref for Writer {
+impl Deref for DatabaseWriter {
     type Target = AnyConnection;
 
     fn deref(&self) -> &AnyConnection {
@@ -160,7 +160,7 @@ impl Deref for Writer {
     }
 }
 
-impl DerefMut for Writer {
+impl DerefMut for DatabaseWriter {
     fn deref_mut(&mut self) -> &mut AnyConnection {
         &mut self.connection
     }
@@ -171,13 +171,13 @@ impl Catalog {
     ///
     /// # Errors
     /// An error of the database.
-    pub(super) async fn writer(&self) -> Result<Writer, sqlx::Error> {
+    pub(super) async fn writer(&self) -> Result<DatabaseWriter, sqlx::Error> {
         let _turn = match &self.turn {
             Some(turn) => Some(turn.clone().lock_owned().await),
             None => None,
         };
         let connection = self.write.acquire().await?;
-        Ok(Writer { connection, _turn })
+        Ok(DatabaseWriter { connection, _turn })
     }
 }
 

@@ -10,47 +10,47 @@ use sqlx::{Any, Row, Transaction};
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
-use crate::serve::catalog::segments::{Location, Segments};
+use crate::serve::catalog::segments::{ContentLocation, Segments};
 
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
 
 /// A content whose row is still to be written.
 #[derive(Clone, Debug)]
-pub(super) struct StoredContent {
+pub(super) struct ContentRow {
     blob: BlobId,
-    bytes: StoredBytes,
+    bytes: ContentBytes,
 }
 
 /// Where the bytes of a content are.
 #[derive(Clone, Debug)]
-pub(super) enum StoredBytes {
+pub(super) enum ContentBytes {
     InRow(Bytes),
-    InSegment(Location),
+    InSegment(ContentLocation),
 }
 
 impl Catalog {
-    /// Appends contents to a segment, where the database has those. They are on the disk when this returns,
-    /// and the caller keeps the result until their rows are written.
+    /// Appends contents to a segment, where the database has those. They are on the disk when this returns.
+    /// It is the caller's turn to write until their rows are written: no segment is deleted before.
     ///
     /// # Errors
     /// An error of the disk.
     pub(super) async fn store_contents(
         &self,
         contents: Vec<(BlobId, Bytes)>,
-    ) -> Result<Vec<StoredContent>, sqlx::Error> {
+    ) -> Result<Vec<ContentRow>, sqlx::Error> {
         let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
-        let stored: Vec<StoredBytes> = match &self.segments {
+        let stored: Vec<ContentBytes> = match &self.segments {
             _ if bytes.is_empty() => Vec::new(),
-            None => bytes.into_iter().map(StoredBytes::InRow).collect(),
+            None => bytes.into_iter().map(ContentBytes::InRow).collect(),
             Some(segments) => {
                 let locations = blocking(segments, move |segments| segments.append(&bytes)).await?;
-                locations.into_iter().map(StoredBytes::InSegment).collect()
+                locations.into_iter().map(ContentBytes::InSegment).collect()
             }
         };
         let stored = blobs.into_iter().zip(stored);
         Ok(stored
-            .map(|(blob, bytes)| StoredContent { blob, bytes })
+            .map(|(blob, bytes)| ContentRow { blob, bytes })
             .collect())
     }
 
@@ -65,8 +65,8 @@ impl Catalog {
             let mut located = Vec::new();
             for (blob, bytes) in self.stored_contents(&left).await? {
                 match bytes {
-                    StoredBytes::InRow(bytes) => contents.push((blob, bytes)),
-                    StoredBytes::InSegment(location) => located.push((blob, location)),
+                    ContentBytes::InRow(bytes) => contents.push((blob, bytes)),
+                    ContentBytes::InSegment(location) => located.push((blob, location)),
                 }
             }
             left.clear();
@@ -96,7 +96,7 @@ impl Catalog {
     async fn stored_contents(
         &self,
         blobs: &[BlobId],
-    ) -> Result<Vec<(BlobId, StoredBytes)>, sqlx::Error> {
+    ) -> Result<Vec<(BlobId, ContentBytes)>, sqlx::Error> {
         let mut stored = Vec::with_capacity(blobs.len());
         for blobs in in_steps(blobs) {
             let query = format!(
@@ -125,17 +125,17 @@ pub(super) async fn blocking<T: Send + 'static>(
     done.map_err(io::Error::other)?
 }
 
-fn stored_bytes(row: &AnyRow) -> Result<StoredBytes, sqlx::Error> {
+fn stored_bytes(row: &AnyRow) -> Result<ContentBytes, sqlx::Error> {
     let segment: Option<i64> = row.try_get("segment")?;
     if segment.is_some() {
-        return Ok(StoredBytes::InSegment(location(row)?));
+        return Ok(ContentBytes::InSegment(location(row)?));
     }
     let content: &[u8] = row.try_get("content")?;
-    Ok(StoredBytes::InRow(Bytes::copy_from_slice(content)))
+    Ok(ContentBytes::InRow(Bytes::copy_from_slice(content)))
 }
 
-pub(super) fn location(row: &AnyRow) -> Result<Location, sqlx::Error> {
-    Ok(Location {
+pub(super) fn location(row: &AnyRow) -> Result<ContentLocation, sqlx::Error> {
+    Ok(ContentLocation {
         segment: unsigned(row, "segment")?,
         start: unsigned(row, "start")?,
         length: unsigned(row, "length")?,
@@ -144,7 +144,7 @@ pub(super) fn location(row: &AnyRow) -> Result<Location, sqlx::Error> {
 
 pub(super) async fn insert_contents(
     transaction: &mut Transaction<'_, Any>,
-    contents: &[StoredContent],
+    contents: &[ContentRow],
 ) -> Result<(), sqlx::Error> {
     for contents in in_steps(contents) {
         let query = format!(
@@ -152,10 +152,10 @@ pub(super) async fn insert_contents(
             placeholders(contents.len(), 5)
         );
         let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
-        for StoredContent { blob, bytes } in contents {
+        for ContentRow { blob, bytes } in contents {
             let (row, location) = match bytes {
-                StoredBytes::InRow(bytes) => (&bytes[..], None),
-                StoredBytes::InSegment(location) => (&[][..], Some(location)),
+                ContentBytes::InRow(bytes) => (&bytes[..], None),
+                ContentBytes::InSegment(location) => (&[][..], Some(location)),
             };
             query = query
                 .bind(number(*blob))

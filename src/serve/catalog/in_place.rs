@@ -16,9 +16,9 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::EntryName;
-use crate::serve::catalog::contents::{ATTEMPTS, StoredBytes};
+use crate::serve::catalog::contents::{ATTEMPTS, ContentBytes};
 use crate::serve::catalog::rows::number;
-use crate::serve::catalog::segments::{Location, Segments};
+use crate::serve::catalog::segments::{ContentLocation, Segments};
 use crate::serve::catalog::uploads::NameStatus;
 
 /// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
@@ -83,8 +83,8 @@ impl InPlaceReader {
         for _ in 0..ATTEMPTS {
             let location = match stored_content(connection, blob).ok()? {
                 None => return Some(None),
-                Some(StoredBytes::InRow(bytes)) => return Some(Some(bytes)),
-                Some(StoredBytes::InSegment(location)) => location,
+                Some(ContentBytes::InRow(bytes)) => return Some(Some(bytes)),
+                Some(ContentBytes::InSegment(location)) => location,
             };
             match self.segments.read(location) {
                 Ok(bytes) => return Some(Some(bytes)),
@@ -137,15 +137,15 @@ fn open(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn stored_content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Option<StoredBytes>> {
+fn stored_content(connection: &Connection, blob: BlobId) -> rusqlite::Result<Option<ContentBytes>> {
     connection
         .prepare_cached("SELECT segment, start, length, content FROM contents WHERE blob = ?1")?
         .query_row([number(blob)], |row| {
             let Some(segment) = unsigned(row, 0)? else {
                 let content = Bytes::copy_from_slice(row.get_ref(3)?.as_blob()?);
-                return Ok(StoredBytes::InRow(content));
+                return Ok(ContentBytes::InRow(content));
             };
-            Ok(StoredBytes::InSegment(Location {
+            Ok(ContentBytes::InSegment(ContentLocation {
                 segment,
                 start: unsigned(row, 1)?.unwrap_or(0),
                 length: unsigned(row, 2)?.unwrap_or(0),

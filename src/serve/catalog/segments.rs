@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use moka::sync::Cache;
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
 
 use crate::packs::local_file;
 use crate::serve::private_files;
@@ -32,7 +31,7 @@ const SUFFIX: &str = ".segment";
 
 /// Where a content lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Location {
+pub(super) struct ContentLocation {
     /// The number of its segment.
     pub(super) segment: u64,
     /// Where it begins there, in bytes.
@@ -47,8 +46,6 @@ pub(super) struct Segments {
     folder: PathBuf,
     appended: Mutex<Appended>,
     open: Cache<u64, Arc<File>>,
-    /// Read by who has appended contents whose rows are still to be written.
-    unnamed: Arc<RwLock<()>>,
 }
 
 /// What this process appends to.
@@ -73,25 +70,15 @@ impl Segments {
     /// Fails if the folder cannot be made or read.
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
         private_files::folder(folder)?;
+        private_files::keep_name(folder)?;
         let segments = Self {
             folder: folder.to_owned(),
             appended: Mutex::default(),
             open: Cache::new(OPEN_FILES),
-            unnamed: Arc::default(),
         };
         let last = segments.list()?.into_iter().map(|(number, _)| number).max();
         segments.lock().last = last.unwrap_or(0);
         Ok(segments)
-    }
-
-    /// As long as a holder of this has contents that no row names yet, no segment is deleted.
-    pub(super) async fn unnamed(&self) -> OwnedRwLockReadGuard<()> {
-        self.unnamed.clone().read_owned().await
-    }
-
-    /// Holds new contents back until it is dropped, once those before have their rows.
-    pub(super) async fn all_named(&self) -> RwLockWriteGuard<'_, ()> {
-        self.unnamed.write().await
     }
 
     /// Appends `contents` and returns where each lies. When this returns, all of them are on the disk. It
@@ -99,7 +86,7 @@ impl Segments {
     ///
     /// # Errors
     /// An error of the disk. Whatever was written of them is dead then.
-    pub(super) fn append(&self, contents: &[Bytes]) -> io::Result<Vec<Location>> {
+    pub(super) fn append(&self, contents: &[Bytes]) -> io::Result<Vec<ContentLocation>> {
         let mut appended = self.lock();
         let mut locations = Vec::with_capacity(contents.len());
         for content in contents {
@@ -113,7 +100,7 @@ impl Segments {
         Ok(locations)
     }
 
-    fn append_one(&self, appended: &mut Appended, content: &[u8]) -> io::Result<Location> {
+    fn append_one(&self, appended: &mut Appended, content: &[u8]) -> io::Result<ContentLocation> {
         let number = match &appended.current {
             Some(_) => appended.last,
             None => self.begin(appended)?,
@@ -126,7 +113,7 @@ impl Segments {
             return Err(error);
         }
         current.length += length;
-        Ok(Location {
+        Ok(ContentLocation {
             segment: number,
             start,
             length,
@@ -138,8 +125,10 @@ impl Segments {
         let number = appended.last + 1;
         // A number whose file another program has made is passed over the next time.
         appended.last = number;
+        // Somebody may have deleted it.
+        private_files::folder(&self.folder)?;
         let file = Arc::new(private_files::new_file(&self.path(number))?);
-        private_files::keep_name(&self.folder)?;
+        private_files::sync(&self.folder)?;
         self.open.insert(number, file.clone());
         appended.current = Some(Current { file, length: 0 });
         Ok(number)
@@ -149,7 +138,7 @@ impl Segments {
     ///
     /// # Errors
     /// [`io::ErrorKind::NotFound`] or [`io::ErrorKind::UnexpectedEof`] if they are not there.
-    pub(super) fn read(&self, location: Location) -> io::Result<Bytes> {
+    pub(super) fn read(&self, location: ContentLocation) -> io::Result<Bytes> {
         let number = location.segment;
         let file = match self.open.get(&number) {
             Some(file) => file,
@@ -289,7 +278,7 @@ mod tests {
             panic!("one content has one location");
         };
         for (start, length) in [(1, 9), (u64::MAX, 9), (0, u64::MAX), (0, SEGMENT_SIZE)] {
-            let false_one = Location {
+            let false_one = ContentLocation {
                 start,
                 length,
                 ..location

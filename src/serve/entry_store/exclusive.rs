@@ -83,7 +83,7 @@ impl ExclusiveState {
             leaving: tokio::sync::Mutex::default(),
             numbers: NumberPool::default(),
             names: Batcher::new(NAMES_PER_QUERY, 1, names),
-            commits: Batcher::new(COMMITS_PER_TRANSACTION, 2, commits),
+            commits: Batcher::new(COMMITS_PER_TRANSACTION, 1, commits),
             found: LookupCache::default(),
         }
     }
