@@ -95,7 +95,7 @@ impl Catalog {
         let Some(segments) = &self.segments else {
             return Ok(());
         };
-        // Nobody deletes the new segment before the rows name it.
+        let _unnamed = segments.unnamed().await;
         let mut writer = self.writer().await?;
         let (blobs, locations): (Vec<BlobId>, Vec<ContentLocation>) =
             located.iter().copied().unzip();
@@ -134,15 +134,15 @@ impl Catalog {
         Ok(())
     }
 
-    /// Deletes `segment` if no row names it. No row is about to, since this has its turn to write.
+    /// Deletes `segment` if no row names it.
     async fn delete_if_dead(&self, segment: u64) -> Result<bool, StoreError> {
         let Some(segments) = &self.segments else {
             return Ok(false);
         };
-        let mut writer = self.writer().await?;
+        let _all_named = segments.all_named().await;
         let named = sqlx::query("SELECT 1 FROM contents WHERE segment = $1 LIMIT 1")
             .bind(number(segment))
-            .fetch_optional(&mut *writer)
+            .fetch_optional(&self.read)
             .await?;
         if named.is_some() {
             return Ok(false);

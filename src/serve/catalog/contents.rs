@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sqlx::any::AnyRow;
 use sqlx::{Any, Row, Transaction};
+use tokio::sync::OwnedRwLockReadGuard;
 
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::Catalog;
@@ -15,9 +16,15 @@ use crate::serve::catalog::segments::{ContentLocation, Segments};
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
 
-/// A content whose row is still to be written.
-#[derive(Clone, Debug)]
-pub(super) struct ContentRow {
+/// Contents whose rows are still to be written.
+#[derive(Debug)]
+pub(super) struct NewContents {
+    rows: Vec<ContentRow>,
+    _unnamed: Option<OwnedRwLockReadGuard<()>>,
+}
+
+#[derive(Debug)]
+struct ContentRow {
     blob: BlobId,
     bytes: ContentBytes,
 }
@@ -31,14 +38,18 @@ pub(super) enum ContentBytes {
 
 impl Catalog {
     /// Appends contents to a segment, where the database has those. They are on the disk when this returns.
-    /// It is the caller's turn to write until their rows are written: no segment is deleted before.
+    /// The caller keeps the result until their rows are written: until then no segment is deleted.
     ///
     /// # Errors
     /// An error of the disk.
     pub(super) async fn store_contents(
         &self,
         contents: Vec<(BlobId, Bytes)>,
-    ) -> Result<Vec<ContentRow>, sqlx::Error> {
+    ) -> Result<NewContents, sqlx::Error> {
+        let unnamed = match &self.segments {
+            Some(segments) => Some(segments.unnamed().await),
+            None => None,
+        };
         let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
         let stored: Vec<ContentBytes> = match &self.segments {
             _ if bytes.is_empty() => Vec::new(),
@@ -49,9 +60,12 @@ impl Catalog {
             }
         };
         let stored = blobs.into_iter().zip(stored);
-        Ok(stored
-            .map(|(blob, bytes)| ContentRow { blob, bytes })
-            .collect())
+        Ok(NewContents {
+            rows: stored
+                .map(|(blob, bytes)| ContentRow { blob, bytes })
+                .collect(),
+            _unnamed: unnamed,
+        })
     }
 
     /// The bytes of these blobs, as far as they are there, in any order.
@@ -144,9 +158,9 @@ pub(super) fn location(row: &AnyRow) -> Result<ContentLocation, sqlx::Error> {
 
 pub(super) async fn insert_contents(
     transaction: &mut Transaction<'_, Any>,
-    contents: &[ContentRow],
+    contents: &NewContents,
 ) -> Result<(), sqlx::Error> {
-    for contents in in_steps(contents) {
+    for contents in in_steps(&contents.rows) {
         let query = format!(
             "INSERT INTO contents (blob, content, segment, start, length) VALUES {}",
             placeholders(contents.len(), 5)

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use moka::sync::Cache;
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
 
 use crate::packs::local_file;
 use crate::serve::private_files;
@@ -46,6 +47,8 @@ pub(super) struct Segments {
     folder: PathBuf,
     appended: Mutex<Appended>,
     open: Cache<u64, Arc<File>>,
+    /// Read-locked by each holder of contents that no row names yet.
+    unnamed: Arc<RwLock<()>>,
 }
 
 /// What this process appends to.
@@ -75,10 +78,22 @@ impl Segments {
             folder: folder.to_owned(),
             appended: Mutex::default(),
             open: Cache::new(OPEN_FILES),
+            unnamed: Arc::default(),
         };
         let last = segments.list()?.into_iter().map(|(number, _)| number).max();
         segments.lock().last = last.unwrap_or(0);
         Ok(segments)
+    }
+
+    /// Take this before contents are appended, and keep it until their rows are written: until then no
+    /// segment is deleted.
+    pub(super) async fn unnamed(&self) -> OwnedRwLockReadGuard<()> {
+        self.unnamed.clone().read_owned().await
+    }
+
+    /// Waits until each content has its row, and keeps new ones back until it is dropped.
+    pub(super) async fn all_named(&self) -> RwLockWriteGuard<'_, ()> {
+        self.unnamed.write().await
     }
 
     /// Appends `contents` and returns where each lies. When this returns, all of them are on the disk. It

@@ -59,12 +59,16 @@ impl Catalog {
             let error = "only a database of this service alone has uploads elsewhere";
             return Err(sqlx::Error::Configuration(error.into()));
         };
-        // Nobody else writes meanwhile, and no segment is deleted before the rows name it.
-        let turn = turn.lock_owned().await;
+        let unnamed = writer.segments.unnamed().await;
         let commits = commits.clone();
         let done = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            writer.commit(&commits)
+            let _unnamed = unnamed;
+            let contents = commits.iter().filter_map(|commit| commit.content.as_ref());
+            let contents: Vec<Bytes> = contents.map(|small| small.bytes.clone()).collect();
+            // Others write to the database while this waits for the disk.
+            let locations = writer.segments.append(&contents)?;
+            let _turn = turn.blocking_lock();
+            writer.commit(&commits, locations)
         });
         done.await.map_err(|error| sqlx::Error::Io(error.into()))?
     }
@@ -85,12 +89,15 @@ impl BatchWriter {
         })
     }
 
-    fn commit(&self, commits: &[UnwrittenCommit]) -> Result<Committed, sqlx::Error> {
+    /// Writes the rows of uploads whose contents are at `locations`.
+    fn commit(
+        &self,
+        commits: &[UnwrittenCommit],
+        locations: Vec<ContentLocation>,
+    ) -> Result<Committed, sqlx::Error> {
+        let mut locations = locations.into_iter();
         let mut connection = self.lock();
         let connection = connection.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-        let contents = commits.iter().filter_map(|commit| commit.content.as_ref());
-        let contents: Vec<Bytes> = contents.map(|small| small.bytes.clone()).collect();
-        let mut locations = self.segments.append(&contents)?.into_iter();
         // A transaction that reads first cannot write any more once another program has written.
         let behavior = rusqlite::TransactionBehavior::Immediate;
         let transaction = connection

@@ -149,9 +149,9 @@ impl Catalog {
             record_finish(&mut *self.writer().await?, part, now).await?;
             return Ok(0);
         }
-        let mut connection = self.writer().await?;
         let content = part.inside.iter().map(|bytes| (part.blob, bytes.clone()));
         let content = self.store_contents(content.collect()).await?;
+        let mut connection = self.writer().await?;
         let mut transaction = connection.begin().await?;
         if part.replaces == Replaces::All {
             sqlx::query("UPDATE uploads SET blocks = NULL WHERE id = $1")

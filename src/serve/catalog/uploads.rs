@@ -188,10 +188,10 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn persist(&self, uploads: &[Unwritten]) -> Result<(), StoreError> {
-        let mut connection = self.writer().await?;
         let contents = uploads.iter().filter_map(|upload| upload.content.as_ref());
         let contents = contents.map(|small| (small.blob, small.bytes.clone()));
         let contents = self.store_contents(contents.collect()).await?;
+        let mut connection = self.writer().await?;
         let mut transaction = connection.begin().await?;
         for Unwritten {
             upload,
