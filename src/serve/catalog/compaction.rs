@@ -2,14 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::io;
 
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, location};
 use crate::serve::catalog::rows::{number, unsigned};
-use crate::serve::catalog::segments::ContentLocation;
+use crate::serve::catalog::segments::{ContentLocation, is_gone};
 
 /// How many contents move in one transaction. Commits wait meanwhile.
 const MOVED_AT_ONCE: usize = 64;
@@ -150,11 +149,4 @@ impl Catalog {
         blocking(segments, move |segments| segments.delete(segment)).await?;
         Ok(true)
     }
-}
-
-fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
-    )
 }

@@ -11,7 +11,7 @@ use tokio::sync::OwnedRwLockReadGuard;
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
-use crate::serve::catalog::segments::{ContentLocation, Segments};
+use crate::serve::catalog::segments::{ContentLocation, Segments, is_gone};
 
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
@@ -97,9 +97,7 @@ impl Catalog {
             for (blob, bytes) in read.await? {
                 match bytes {
                     Ok(bytes) => contents.push((blob, bytes)),
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => left.push(blob),
-                    // A part of other bytes than were written is missing.
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                    Err(error) if is_gone(&error) => left.push(blob),
                     Err(error) => return Err(error.into()),
                 }
             }

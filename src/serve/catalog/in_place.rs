@@ -4,7 +4,6 @@
 //! A read that waits for the disk stops a thread of the runtime. So one of its threads never reads, and after
 //! a slow read the database's own threads make the next ones.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -18,7 +17,7 @@ use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::EntryName;
 use crate::serve::catalog::contents::{ATTEMPTS, ContentBytes};
 use crate::serve::catalog::rows::number;
-use crate::serve::catalog::segments::{ContentLocation, Segments};
+use crate::serve::catalog::segments::{ContentLocation, Segments, is_gone};
 use crate::serve::catalog::uploads::NameStatus;
 
 /// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
@@ -89,7 +88,7 @@ impl InPlaceReader {
             match self.segments.read(location) {
                 Ok(bytes) => return Some(Some(bytes)),
                 // It may have moved since.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if is_gone(&error) => {}
                 Err(_) => return None,
             }
         }
