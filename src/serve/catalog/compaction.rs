@@ -3,12 +3,13 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
+use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, location};
 use crate::serve::catalog::rows::{number, unsigned};
-use crate::serve::catalog::segments::{ContentLocation, is_gone};
+use crate::serve::catalog::segments::ContentLocation;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
 const MOVED_AT_ONCE: usize = 64;
@@ -34,27 +35,26 @@ impl Catalog {
         };
         let full = blocking(segments, |segments| segments.full()).await?;
         let live = self.live_bytes().await?;
-        let mut dead: Vec<(u64, u64)> = full
-            .into_iter()
-            .map(|(segment, length)| {
-                let live = live.get(&segment).copied().unwrap_or(0);
-                (segment, length, length.saturating_sub(live))
-            })
-            .filter(|(_, length, dead)| *dead >= length * compaction.dead_percent / 100)
-            .map(|(segment, _, dead)| (segment, dead))
-            .collect();
-        dead.sort_by_key(|(segment, dead)| (Reverse(*dead), *segment));
-        let mut freed = 0;
-        for (segment, dead) in dead {
+        let (mut dead, mut mostly_dead) = (Vec::new(), Vec::new());
+        for (segment, length) in full {
+            let Some(live) = live.get(&segment) else {
+                dead.push((segment, length));
+                continue;
+            };
+            let unused = length.saturating_sub(*live);
+            if unused >= length * compaction.dead_percent / 100 {
+                mostly_dead.push((segment, unused));
+            }
+        }
+        let mut freed = self.delete_dead(&dead).await?;
+        mostly_dead.sort_by_key(|(segment, unused)| (Reverse(*unused), *segment));
+        for emptied in mostly_dead {
             if freed >= compaction.enough {
                 break;
             }
-            if live.contains_key(&segment) {
-                self.empty(segment).await?;
-            }
-            if self.delete_if_dead(segment).await? {
-                freed += dead;
-            }
+            self.empty(emptied.0).await?;
+            // On a full disk the next one needs its room.
+            freed += self.delete_dead(&[emptied]).await?;
         }
         Ok(freed)
     }
@@ -108,7 +108,7 @@ impl Catalog {
                         contents.push(content);
                     }
                     // The next job that asks for it is told so, and the entry goes.
-                    Err(error) if is_gone(&error) => {}
+                    Err(error) if is_missing(&error) => {}
                     Err(error) => return Err(error),
                 }
             }
@@ -133,20 +133,21 @@ impl Catalog {
         Ok(())
     }
 
-    /// Deletes `segment` if no row names it.
-    async fn delete_if_dead(&self, segment: u64) -> Result<bool, StoreError> {
-        let Some(segments) = &self.segments else {
-            return Ok(false);
+    /// Deletes those of these segments that no row names. Each comes with its `unused` bytes. Returns how many
+    /// of these are free now.
+    async fn delete_dead(&self, unused: &[(u64, u64)]) -> Result<u64, StoreError> {
+        let Some(segments) = self.segments.as_ref().filter(|_| !unused.is_empty()) else {
+            return Ok(0);
         };
         let _all_named = segments.all_named().await;
-        let named = sqlx::query("SELECT 1 FROM contents WHERE segment = $1 LIMIT 1")
-            .bind(number(segment))
-            .fetch_optional(&self.read)
-            .await?;
-        if named.is_some() {
-            return Ok(false);
+        let live = self.live_bytes().await?;
+        let mut freed = 0;
+        for &(segment, bytes) in unused {
+            if !live.contains_key(&segment) {
+                blocking(segments, move |segments| segments.delete(segment)).await?;
+                freed += bytes;
+            }
         }
-        blocking(segments, move |segments| segments.delete(segment)).await?;
-        Ok(true)
+        Ok(freed)
     }
 }

@@ -8,10 +8,11 @@ use sqlx::any::AnyRow;
 use sqlx::{Any, Row, Transaction};
 use tokio::sync::OwnedRwLockReadGuard;
 
+use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
-use crate::serve::catalog::segments::{ContentLocation, Segments, is_gone};
+use crate::serve::catalog::segments::{ContentLocation, Segments};
 
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
@@ -46,15 +47,14 @@ impl Catalog {
         &self,
         contents: Vec<(BlobId, Bytes)>,
     ) -> Result<NewContents, sqlx::Error> {
-        let unnamed = match &self.segments {
-            Some(segments) => Some(segments.unnamed().await),
-            None => None,
-        };
         let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
+        let mut unnamed = None;
         let stored: Vec<ContentBytes> = match &self.segments {
+            // Nothing waits for a segment that is being deleted then.
             _ if bytes.is_empty() => Vec::new(),
             None => bytes.into_iter().map(ContentBytes::InRow).collect(),
             Some(segments) => {
+                unnamed = Some(segments.unnamed().await);
                 let locations = blocking(segments, move |segments| segments.append(&bytes)).await?;
                 locations.into_iter().map(ContentBytes::InSegment).collect()
             }
@@ -97,7 +97,7 @@ impl Catalog {
             for (blob, bytes) in read.await? {
                 match bytes {
                     Ok(bytes) => contents.push((blob, bytes)),
-                    Err(error) if is_gone(&error) => left.push(blob),
+                    Err(error) if is_missing(&error) => left.push(blob),
                     Err(error) => return Err(error.into()),
                 }
             }

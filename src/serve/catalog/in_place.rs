@@ -1,5 +1,5 @@
-//! Reads small contents, and where SQLite says that they are, in the thread that asks. Each other query crosses to the database's
-//! own thread and back, which costs about as much as this read.
+//! Asks SQLite for small contents and for names in the thread that needs them. Each other query crosses to
+//! the database's own thread and back, which costs about as much as this read.
 //!
 //! A read that waits for the disk stops a thread of the runtime. So one of its threads never reads, and after
 //! a slow read the database's own threads make the next ones.
@@ -13,11 +13,12 @@ use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::EntryName;
 use crate::serve::catalog::contents::{ATTEMPTS, ContentBytes};
 use crate::serve::catalog::rows::number;
-use crate::serve::catalog::segments::{ContentLocation, Segments, is_gone};
+use crate::serve::catalog::segments::{ContentLocation, Segments};
 use crate::serve::catalog::uploads::NameStatus;
 
 /// A read that takes longer waited for the disk, as other requests then do for the thread. A read of what
@@ -88,7 +89,7 @@ impl InPlaceReader {
             match self.segments.read(location) {
                 Ok(bytes) => return Some(Some(bytes)),
                 // It may have moved since.
-                Err(error) if is_gone(&error) => {}
+                Err(error) if is_missing(&error) => {}
                 Err(_) => return None,
             }
         }

@@ -154,6 +154,10 @@ impl Segments {
     /// # Errors
     /// [`io::ErrorKind::NotFound`] or [`io::ErrorKind::UnexpectedEof`] if they are not there.
     pub(super) fn read(&self, location: ContentLocation) -> io::Result<Bytes> {
+        // The row may be damaged.
+        if location.length > SEGMENT_SIZE {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let number = location.segment;
         let file = match self.open.get(&number) {
             Some(file) => file,
@@ -163,10 +167,6 @@ impl Segments {
                 file
             }
         };
-        // The row may be damaged.
-        if location.length > SEGMENT_SIZE {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
         let length = usize::try_from(location.length).map_err(io::Error::other)?;
         let mut bytes = vec![0; length];
         local_file::read_at(&file, &mut bytes, location.start)?;
@@ -227,14 +227,6 @@ impl Segments {
     }
 }
 
-/// Whether bytes are not, or no longer, where they were looked for.
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
-    )
-}
-
 impl Appended {
     fn is_full(&self) -> bool {
         let current = self.current.as_ref();
@@ -257,6 +249,7 @@ impl Appended {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache_protocol::azure_blob::is_missing;
 
     fn content(size: usize, of: u8) -> Bytes {
         vec![of; size].into()
@@ -292,7 +285,7 @@ mod tests {
         assert_eq!(numbers, [1, 1, 2]);
         assert_eq!(segments.full().unwrap(), [(1, SEGMENT_SIZE)]);
         segments.delete(1).unwrap();
-        assert!(is_gone(&segments.read(locations[0]).unwrap_err()));
+        assert!(is_missing(&segments.read(locations[0]).unwrap_err()));
         assert!(segments.read(locations[2]).is_ok());
     }
 

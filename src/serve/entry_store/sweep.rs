@@ -17,8 +17,8 @@ use crate::serve::shared_fetch;
 const GARBAGE_STAYS: Duration = Duration::from_secs(5 * 60);
 
 /// How much of a segment of small contents is dead when a sweep empties it, as a percentage. So the segments
-/// take at most half as much again as the contents in them, and a content is rarely copied: the oldest segments die as
-/// a whole.
+/// take at most half as much again as the contents in them. A content is rarely copied: the oldest segments
+/// die as a whole.
 const DEAD_PERCENT: u64 = 34;
 
 /// An eviction removes this fraction of the limit in addition (1/20), so that not each upload
