@@ -1235,6 +1235,40 @@ async fn a_disk_that_small_entries_fill_up_makes_room_by_some_of_them() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_commit_on_a_disk_that_others_keep_full_is_to_be_tried_again() {
+    let Some(disk) = SmallDisk::new("24m") else {
+        return;
+    };
+    let served = Served::start(disk.0.path(), &[]);
+    let target = target(&served, &served.token);
+    let cache = target.cache();
+    cache.save("before", noise(100_000)).await;
+    let path = disk.0.path().join("other");
+    let mut other = fs::File::create(&path).unwrap();
+    let mut refused = 0;
+    for number in 0..20 {
+        // It takes the room of the reserve too, once that is given up.
+        while std::io::Write::write_all(&mut other, &noise(4096)).is_ok() {}
+        let key = format!("{number}");
+        let url = cache.reserve(&key).await;
+        target.put(&url, noise(100_000)).await.expect(201);
+        let committed = cache.finalize(&key, 100_000).await;
+        if committed.status != 200 {
+            let text = committed.text();
+            assert_eq!(committed.status, 503, "{text}");
+            assert!(text.contains("try again"), "{text}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 0);
+    drop(other);
+    fs::remove_file(path).unwrap();
+    cache.save("after", noise(100_000)).await;
+    assert!(cache.find(&["after"]).await.is_some());
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_fills_up_makes_room_by_entries_and_takes_the_next_upload() {
     let Some(disk) = SmallDisk::new("24m") else {
         return;

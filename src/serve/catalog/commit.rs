@@ -46,7 +46,7 @@ impl Catalog {
     /// [`StoreError::NoSuchUpload`], [`StoreError::AlreadyExists`], or an error of the database.
     pub async fn commit(&self, commit: &Commit) -> Result<CommittedUpload, StoreError> {
         let mut connection = self.writer().await?;
-        let mut transaction = match self.dialect {
+        let mut transaction = match self.dialect() {
             Dialect::Postgres => connection.begin().await?,
             // A transaction that reads first cannot write any more once another program has
             // written.

@@ -30,7 +30,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database or of the disk. The next compaction does the rest.
     pub async fn compact(&self, compaction: Compaction) -> Result<u64, StoreError> {
-        let Some(segments) = &self.segments else {
+        let Some(segments) = self.segments() else {
             return Ok(0);
         };
         let full = blocking(segments, |segments| segments.full()).await?;
@@ -91,7 +91,7 @@ impl Catalog {
     }
 
     async fn copy(&self, located: &[(BlobId, ContentLocation)]) -> Result<(), StoreError> {
-        let Some(segments) = &self.segments else {
+        let Some(segments) = self.segments() else {
             return Ok(());
         };
         let _unnamed = segments.unnamed().await;
@@ -136,7 +136,7 @@ impl Catalog {
     /// Deletes those of these segments that no row names. Each comes with its `unused` bytes. Returns how many
     /// of these are free now.
     async fn delete_dead(&self, unused: &[(u64, u64)]) -> Result<u64, StoreError> {
-        let Some(segments) = self.segments.as_ref().filter(|_| !unused.is_empty()) else {
+        let Some(segments) = self.segments().filter(|_| !unused.is_empty()) else {
             return Ok(0);
         };
         let _all_named = segments.all_named().await;

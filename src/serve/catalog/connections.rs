@@ -12,11 +12,11 @@ use sqlx::{Any, AnyConnection, Connection, Executor, Transaction};
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
-use crate::serve::catalog::Catalog;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::schema::{Dialect, prepare, schema};
 use crate::serve::catalog::segments::Segments;
 use crate::serve::catalog::unwritten::BatchWriter;
+use crate::serve::catalog::{Catalog, SqliteState};
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(30);
@@ -92,20 +92,20 @@ impl Catalog {
         let write = open(1, &first).await?;
         let read = open(CONNECTIONS, &pragmas).await?;
         let quick = open(QUICK_CONNECTIONS, &pragmas).await?;
-        let dialect = Dialect::Sqlite;
         let threads = tokio::runtime::Handle::current().metrics().num_workers();
-        prepare(&write, &schema(dialect)).await?;
+        prepare(&write, &schema(Dialect::Sqlite)).await?;
         let segments = Arc::new(Segments::open(&path.with_file_name("contents"))?);
-        let in_place = InPlaceReader::new(path, threads, segments.clone());
+        let sqlite = SqliteState {
+            turn: Arc::default(),
+            in_place: InPlaceReader::new(path, threads, segments.clone()),
+            batch_writer: BatchWriter::open(path)?,
+            segments,
+        };
         Ok(Self {
             read,
             quick,
             write,
-            turn: Some(Arc::default()),
-            in_place: Some(Arc::new(in_place)),
-            batch_writer: Some(Arc::new(BatchWriter::open(path, segments.clone())?)),
-            segments: Some(segments),
-            dialect,
+            sqlite: Some(Arc::new(sqlite)),
         })
     }
 
@@ -121,17 +121,12 @@ impl Catalog {
             }
             pool => pool?,
         };
-        let dialect = Dialect::Postgres;
-        prepare(&pool, &schema(dialect)).await?;
+        prepare(&pool, &schema(Dialect::Postgres)).await?;
         Ok(Self {
             read: pool.clone(),
             quick: pool.clone(),
             write: pool,
-            turn: None,
-            in_place: None,
-            segments: None,
-            batch_writer: None,
-            dialect,
+            sqlite: None,
         })
     }
 }
@@ -172,8 +167,8 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub(super) async fn writer(&self) -> Result<DatabaseWriter, sqlx::Error> {
-        let _turn = match &self.turn {
-            Some(turn) => Some(turn.clone().lock_owned().await),
+        let _turn = match &self.sqlite {
+            Some(sqlite) => Some(sqlite.turn.clone().lock_owned().await),
             None => None,
         };
         let connection = self.write.acquire().await?;

@@ -49,7 +49,7 @@ impl Catalog {
     ) -> Result<NewContents, sqlx::Error> {
         let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
         let mut unnamed = None;
-        let stored: Vec<ContentBytes> = match &self.segments {
+        let stored: Vec<ContentBytes> = match self.segments() {
             // Nothing waits for a segment that is being deleted then.
             _ if bytes.is_empty() => Vec::new(),
             None => bytes.into_iter().map(ContentBytes::InRow).collect(),
@@ -84,7 +84,7 @@ impl Catalog {
                 }
             }
             left.clear();
-            let Some(segments) = &self.segments else {
+            let Some(segments) = self.segments() else {
                 break;
             };
             if located.is_empty() {

@@ -55,7 +55,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn repositories(&self) -> Result<Vec<(String, u64)>, sqlx::Error> {
-        let repository = self.dialect.repository();
+        let repository = self.dialect().repository();
         let query = format!(
             "SELECT repository, CAST(SUM(stored) AS BIGINT) AS bytes FROM \
              (SELECT {repository} AS repository, {STORED} AS stored FROM entries) AS own \
@@ -81,7 +81,7 @@ impl Catalog {
     ) -> Result<Removed, StoreError> {
         let oldest = format!(
             "SELECT id, {STORED} AS stored FROM entries WHERE {} = $1 ORDER BY used, id LIMIT $2",
-            self.dialect.repository()
+            self.dialect().repository()
         );
         let mut swept = Removed::default();
         while swept.bytes < bytes {

@@ -72,13 +72,18 @@ pub struct Catalog {
     quick: AnyPool,
     /// The same as `read` in PostgreSQL. [`Catalog::writer`] lends its connections.
     write: AnyPool,
-    /// SQLite has one writer at a time, and it is better to wait for it here than in the file's lock. Only
-    /// in SQLite, here and below.
-    turn: Option<Arc<Mutex<()>>>,
-    in_place: Option<Arc<InPlaceReader>>,
-    segments: Option<Arc<Segments>>,
-    batch_writer: Option<Arc<BatchWriter>>,
-    dialect: Dialect,
+    /// `None` in PostgreSQL.
+    sqlite: Option<Arc<SqliteState>>,
+}
+
+/// What a catalog in SQLite has besides connections of sqlx's.
+#[derive(Debug)]
+struct SqliteState {
+    /// SQLite has one writer at a time, and it is better to wait for it here than in the file's lock.
+    turn: Arc<Mutex<()>>,
+    in_place: InPlaceReader,
+    batch_writer: BatchWriter,
+    segments: Arc<Segments>,
 }
 
 /// The totals of the store.
@@ -109,7 +114,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn checkpoint(&self) -> Result<(), sqlx::Error> {
-        if self.dialect == Dialect::Sqlite {
+        if self.sqlite.is_some() {
             let mut connection = self.read.acquire().await?;
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
         }
@@ -121,7 +126,7 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn give_back(&self) -> Result<(), StoreError> {
-        if self.dialect == Dialect::Sqlite {
+        if self.sqlite.is_some() {
             let mut connection = self.writer().await?;
             connection.execute("PRAGMA incremental_vacuum").await?;
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
@@ -163,28 +168,37 @@ impl Catalog {
     /// The bytes of `blob`, if the database has it, read in the thread that asks. `None` if
     /// [`contents`](Self::contents) must be asked: in PostgreSQL, or while the disk is slow.
     pub fn content_in_place(&self, blob: BlobId) -> Option<Option<Bytes>> {
-        self.in_place.as_ref()?.content(blob)
+        self.sqlite.as_ref()?.in_place.content(blob)
     }
 
     /// Whether `name` can be reserved, read in the thread that asks. `None` if
     /// [`name_statuses`](Self::name_statuses) must be asked.
     pub fn name_status_in_place(&self, name: &EntryName) -> Option<NameStatus> {
-        self.in_place.as_ref()?.name_status(name)
+        self.sqlite.as_ref()?.in_place.name_status(name)
     }
 
     /// Closes the connections; SQLite then leaves one file.
     pub async fn close(&self) {
-        if let Some(in_place) = &self.in_place {
-            in_place.close();
-        }
-        if let Some(writer) = &self.batch_writer {
-            writer.close();
+        if let Some(sqlite) = &self.sqlite {
+            sqlite.in_place.close();
+            sqlite.batch_writer.close();
         }
         self.read.close().await;
         self.quick.close().await;
         self.write.close().await;
-        if let Some(segments) = &self.segments {
+        if let Some(segments) = self.segments() {
             segments.close();
+        }
+    }
+
+    fn segments(&self) -> Option<&Arc<Segments>> {
+        self.sqlite.as_ref().map(|sqlite| &sqlite.segments)
+    }
+
+    fn dialect(&self) -> Dialect {
+        match self.sqlite {
+            Some(_) => Dialect::Sqlite,
+            None => Dialect::Postgres,
         }
     }
 }

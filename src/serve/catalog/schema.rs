@@ -108,7 +108,7 @@ impl Catalog {
             let has_no_contents = matches!(&*version, "1" | "2");
             self.drop_setting("schema").await?;
             version = self.setting("schema", SCHEMA).await?;
-            if self.dialect == Dialect::Sqlite
+            if self.sqlite.is_some()
                 && has_no_contents
                 // This allows giving free pages back to the disk.
                 && let Err(error) = self.write.execute("VACUUM").await

@@ -16,7 +16,7 @@ use crate::serve::catalog::Catalog;
 use crate::serve::catalog::commit::CommittedUpload;
 use crate::serve::catalog::connections::pragmas;
 use crate::serve::catalog::rows::{encode, milliseconds, number};
-use crate::serve::catalog::segments::{ContentLocation, Segments};
+use crate::serve::catalog::segments::ContentLocation;
 use crate::serve::catalog::upload_parts::SmallPart;
 
 /// An upload to commit that the database does not have.
@@ -39,7 +39,6 @@ pub struct UnwrittenCommit {
 pub(super) struct BatchWriter {
     /// `None` once it is closed.
     connection: Mutex<Option<Connection>>,
-    segments: Arc<Segments>,
 }
 
 type Committed = Vec<Result<CommittedUpload, StoreError>>;
@@ -55,20 +54,20 @@ impl Catalog {
         &self,
         commits: &Arc<[UnwrittenCommit]>,
     ) -> Result<Committed, sqlx::Error> {
-        let (Some(writer), Some(turn)) = (self.batch_writer.clone(), self.turn.clone()) else {
+        let Some(sqlite) = self.sqlite.clone() else {
             let error = "only a database of this service alone has uploads elsewhere";
             return Err(sqlx::Error::Configuration(error.into()));
         };
-        let unnamed = writer.segments.unnamed().await;
+        let unnamed = sqlite.segments.unnamed().await;
         let commits = commits.clone();
         let done = tokio::task::spawn_blocking(move || {
             let _unnamed = unnamed;
             let contents = commits.iter().filter_map(|commit| commit.content.as_ref());
             let contents: Vec<Bytes> = contents.map(|small| small.bytes.clone()).collect();
             // Others write to the database while this waits for the disk.
-            let locations = writer.segments.append(&contents)?;
-            let _turn = turn.blocking_lock();
-            writer.commit(&commits, locations)
+            let locations = sqlite.segments.append(&contents)?;
+            let _turn = sqlite.turn.blocking_lock();
+            sqlite.batch_writer.commit(&commits, locations)
         });
         done.await.map_err(|error| sqlx::Error::Io(error.into()))?
     }
@@ -79,13 +78,12 @@ impl BatchWriter {
     ///
     /// # Errors
     /// An error of the database.
-    pub(super) fn open(path: &Path, segments: Arc<Segments>) -> Result<Self, sqlx::Error> {
+    pub(super) fn open(path: &Path) -> Result<Self, sqlx::Error> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags).map_err(told)?;
         connection.execute_batch(&pragmas()).map_err(told)?;
         Ok(Self {
             connection: Mutex::new(Some(connection)),
-            segments,
         })
     }
 
@@ -196,8 +194,32 @@ impl<'a> Statements<'a> {
 
 /// An error of SQLite's as sqlx tells it.
 fn told(error: rusqlite::Error) -> sqlx::Error {
-    if error.sqlite_error_code() == Some(ErrorCode::DiskFull) {
+    // A file that all connections share in memory could not grow.
+    let has_no_shared_memory = error
+        .sqlite_error()
+        .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE);
+    if has_no_shared_memory || error.sqlite_error_code() == Some(ErrorCode::DiskFull) {
         return std::io::Error::new(std::io::ErrorKind::StorageFull, error).into();
     }
     sqlx::Error::AnyDriverError(error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::reserved_space::is_full;
+
+    #[test]
+    fn a_full_disk_is_told_from_other_errors_of_sqlite() {
+        use rusqlite::ffi;
+        for (code, full) in [
+            (ffi::SQLITE_FULL, true),
+            (ffi::SQLITE_IOERR_SHMSIZE, true),
+            (ffi::SQLITE_IOERR_WRITE, false),
+            (ffi::SQLITE_CORRUPT, false),
+        ] {
+            let error = rusqlite::Error::SqliteFailure(ffi::Error::new(code), None);
+            assert_eq!(is_full(&told(error)), full, "{code}");
+        }
+    }
 }

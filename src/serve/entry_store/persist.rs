@@ -48,12 +48,8 @@ impl EntryStore {
     /// Persists one upload that a request needs in the database, and makes room for it if the
     /// disk is full.
     pub(super) async fn persist_one(&self, upload: UploadId) -> Result<(), StoreError> {
-        let written = self.persist(Timestamp::UNIX_EPOCH, Some(upload)).await;
-        if self.made_room_for(written.as_ref().err()).await {
-            self.persist(Timestamp::UNIX_EPOCH, Some(upload)).await
-        } else {
-            written
-        }
+        self.with_room(|| self.persist(Timestamp::UNIX_EPOCH, Some(upload)))
+            .await
     }
 
     /// Persists uploads that have been in memory for a while.

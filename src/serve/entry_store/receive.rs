@@ -126,12 +126,8 @@ impl EntryStore {
     ) -> Result<BegunPart, StoreError> {
         let inner = &*self.inner;
         let now = inner.time.now();
-        let begun = inner.catalog.begin_part(upload, block, start, now).await;
-        if self.made_room_for(begun.as_ref().err()).await {
-            inner.catalog.begin_part(upload, block, start, now).await
-        } else {
-            begun
-        }
+        self.with_room(|| inner.catalog.begin_part(upload, block, start, now))
+            .await
     }
 
     /// Receives a part that the database knows of. Its blob is in `unfinished` until this ends.
@@ -180,7 +176,7 @@ impl EntryStore {
         };
         *unfinished = None;
         let Err(error) = ended else { return Ok(()) };
-        let full = self.made_room_for(Some(&error)).await;
+        let full = matches!(error, StoreError::Full) || self.made_room_for(Some(&error)).await;
         if full {
             // The bytes written so far take room; if they cannot be deleted now, a sweep does it.
             let _ = inner.blobs.delete([begun.blob]).await;
@@ -193,12 +189,9 @@ impl EntryStore {
     async fn finish_part(&self, upload: UploadId, part: &FinishedPart) -> Result<(), StoreError> {
         let inner = &*self.inner;
         let now = inner.time.now();
-        let ended = inner.catalog.finish_part(upload, part, now).await;
-        let replaced = if self.made_room_for(ended.as_ref().err()).await {
-            inner.catalog.finish_part(upload, part, now).await?
-        } else {
-            ended?
-        };
+        let replaced = self
+            .with_room(|| inner.catalog.finish_part(upload, part, now))
+            .await?;
         inner
             .finished
             .fetch_add(part.content.size, Ordering::Relaxed);
@@ -291,13 +284,8 @@ impl EntryStore {
     /// Gives up a part that broke off. Nobody reads uncommitted content, so the next sweep deletes
     /// its bytes.
     async fn give_up(&self, blob: BlobId) {
-        let dropped = self.inner.catalog.abandon_part(blob).await;
-        let dropped = if self.made_room_for(dropped.as_ref().err()).await {
-            self.inner.catalog.abandon_part(blob).await
-        } else {
-            dropped
-        };
-        if let Err(error) = dropped {
+        let dropped = self.with_room(|| self.inner.catalog.abandon_part(blob));
+        if let Err(error) = dropped.await {
             // A sweep finds it when it is old.
             warn!(cause = error.cause(), "cannot discard an interrupted part");
         }

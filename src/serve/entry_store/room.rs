@@ -48,6 +48,27 @@ impl EntryStore {
         *made = Some(Instant::now());
     }
 
+    /// Does `operation`. If the disk is full, makes room and does it once more.
+    ///
+    /// # Errors
+    /// Its errors, and [`StoreError::Full`] if there is no room even then.
+    pub(super) async fn with_room<T, Done>(
+        &self,
+        operation: impl Fn() -> Done,
+    ) -> Result<T, StoreError>
+    where
+        Done: Future<Output = Result<T, StoreError>>,
+    {
+        let done = operation().await;
+        if !self.made_room_for(done.as_ref().err()).await {
+            return done;
+        }
+        match operation().await {
+            Err(error) if reserved_space::is_full(&error) => Err(StoreError::Full),
+            done => done,
+        }
+    }
+
     /// Makes room if `error` says that the disk is full. `true` means that the operation may be
     /// retried.
     pub(super) async fn made_room_for(&self, error: Option<&StoreError>) -> bool {

@@ -88,12 +88,7 @@ impl EntryStore {
 
 impl Store for EntryStore {
     async fn reserve(&self, name: EntryName) -> Result<UploadId, StoreError> {
-        let reserved = self.reserve_once(&name).await;
-        if self.made_room_for(reserved.as_ref().err()).await {
-            self.reserve_once(&name).await
-        } else {
-            reserved
-        }
+        self.with_room(|| self.reserve_once(&name)).await
     }
 
     fn check_size(&self, size: u64) -> Result<(), StoreError> {
@@ -148,16 +143,8 @@ impl Store for EntryStore {
         } = &*self.inner;
         let now = time.now();
         self.begin_write(upload, false).await?;
-        let joined = catalog
-            .join_blocks(upload, &blocks, limits.entry, now)
-            .await;
-        if self.made_room_for(joined.as_ref().err()).await {
-            catalog
-                .join_blocks(upload, &blocks, limits.entry, now)
-                .await
-        } else {
-            joined
-        }
+        self.with_room(|| catalog.join_blocks(upload, &blocks, limits.entry, now))
+            .await
     }
 
     async fn commit(&self, upload: UploadId, size: u64) -> Result<Entry, StoreError> {
@@ -168,16 +155,11 @@ impl Store for EntryStore {
             .as_ref()
             .map(|exclusive| &exclusive.found);
         let age = found.map_or(0, LookupCache::age);
-        let committed = self.commit_once(upload, size).await;
         let CommittedUpload {
             entry,
             parts,
             upload_bytes,
-        } = if self.made_room_for(committed.as_ref().err()).await {
-            self.commit_once(upload, size).await?
-        } else {
-            committed?
-        };
+        } = self.with_room(|| self.commit_once(upload, size)).await?;
         self.subtract_finished(upload_bytes);
         // Later jobs read the entry that this one saved.
         self.inner.parts.insert(entry.id, parts.into());

@@ -122,10 +122,11 @@ impl EntryStore {
             Urgency::Full => Timestamp::MAX,
         };
         sweep.deleted += self.delete_garbage(until).await?;
-        catalog.compact(urgency.compaction()).await?;
         if urgency == Urgency::Full {
+            // A segment is emptied with the room that this makes.
             catalog.give_back().await?;
         }
+        catalog.compact(urgency.compaction()).await?;
         Ok(sweep)
     }
 
