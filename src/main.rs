@@ -23,6 +23,7 @@ use sccache_action::wrapper;
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
+    ignore_an_empty_tmpdir();
     let mut arguments = std::env::args_os();
     let argv0 = arguments.next().unwrap_or_default();
     if wrapper::is_wrapper(&argv0) {
@@ -42,6 +43,14 @@ fn main() -> ExitCode {
             // see.
             ExitCode::from(3)
         }
+    }
+}
+
+/// Without this, temporary files would be in the current directory, which is often the user's checkout.
+fn ignore_an_empty_tmpdir() {
+    if std::env::temp_dir().as_os_str().is_empty() {
+        // It fails only if it was called before.
+        let _ = tempfile::env::override_temp_dir(Path::new("/tmp"));
     }
 }
 

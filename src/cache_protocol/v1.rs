@@ -116,10 +116,12 @@ impl<S: Store> FromRequestParts<Arc<AppState<S>>> for NamedUpload {
         parts: &mut Parts,
         shared: &Arc<AppState<S>>,
     ) -> Result<Self, Response> {
-        let id = Path::from_request_parts(parts, shared).await;
-        let Path(id) = id.map_err(IntoResponse::into_response)?;
         let sender = Sender::from_request_parts(parts, shared).await;
         let sender = sender.map_err(IntoResponse::into_response)?;
+        // No upload has a name that is not a number, or a number of more than 64 bits.
+        let id = Path::from_request_parts(parts, shared).await;
+        let no_upload = |_| Refusal::from(StoreError::NoSuchUpload).into_response();
+        let Path(id) = id.map_err(no_upload)?;
         Ok(Self { id, sender })
     }
 }

@@ -20,7 +20,11 @@ use crate::github::{self, API_URL, ClientError};
 use crate::http::{self, Timeouts};
 use crate::packs::chain::{PREFIX, PackName};
 use crate::packs::index::ObjectKey;
+use crate::packs::local_file::read_limited;
 use crate::runner::environment::Environment;
+
+/// The largest file with a token, in bytes.
+const TOKEN_FILE_LIMIT: u64 = 64 << 10;
 
 /// Which repository, and with what token.
 #[derive(Clone, Debug, Default, Args)]
@@ -377,10 +381,15 @@ impl ApiAccess {
 }
 
 fn read(path: &Path) -> Result<String, CachesError> {
-    std::fs::read_to_string(path).map_err(|error| CachesError::TokenFile {
+    let failed = |error| CachesError::TokenFile {
         path: path.to_owned(),
         error,
-    })
+    };
+    let bytes = read_limited(path, TOKEN_FILE_LIMIT).map_err(|error| match error.kind() {
+        io::ErrorKind::FileTooLarge => failed(io::Error::other("the file is larger than 64 KiB")),
+        _ => failed(error),
+    })?;
+    String::from_utf8(bytes).map_err(|error| failed(io::Error::other(error)))
 }
 
 /// Runs `caches list`. Returns the text to print.

@@ -100,7 +100,7 @@ impl ToolCache {
                 Err(error) => last = error,
             }
         }
-        Self::in_shared(&std::env::temp_dir(), platform).map_err(|error| match last.kind() {
+        Self::in_shared(&tempfile::env::temp_dir(), platform).map_err(|error| match last.kind() {
             io::ErrorKind::NotFound => error,
             _ => last,
         })

@@ -471,19 +471,21 @@ mod startup {
         pub fn listen(environment: &Environment) -> Option<Self> {
             let named = environment.path("TMPDIR");
             let folders = named.into_iter().chain([PathBuf::from("/tmp")]);
-            folders.chain([std::env::temp_dir()]).find_map(|folder| {
-                let builder = tempfile::Builder::new()
-                    .prefix("sccache-")
-                    .tempdir_in(folder);
-                let folder = builder.ok()?;
-                let path = folder.path().join("start");
-                let listener = UnixListener::bind(&path).ok()?;
-                Some(Self {
-                    listener,
-                    path,
-                    _folder: folder,
+            folders
+                .chain([tempfile::env::temp_dir()])
+                .find_map(|folder| {
+                    let builder = tempfile::Builder::new()
+                        .prefix("sccache-")
+                        .tempdir_in(folder);
+                    let folder = builder.ok()?;
+                    let path = folder.path().join("start");
+                    let listener = UnixListener::bind(&path).ok()?;
+                    Some(Self {
+                        listener,
+                        path,
+                        _folder: folder,
+                    })
                 })
-            })
         }
 
         pub fn path(&self) -> &Path {

@@ -67,8 +67,8 @@ pub enum Location {
     Bucket(Bucket),
 }
 
-/// A bucket. Region and credentials that are not given here come from the `AWS_*` variables, files
-/// and services that opendal's S3 service looks at.
+/// A bucket. Credentials that are not given here come from the `AWS_*` variables, files and services that
+/// opendal's S3 service looks at, and the region from `AWS_REGION` or `AWS_DEFAULT_REGION`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// Its name.

@@ -63,7 +63,7 @@ pub struct ServeOptions {
     #[arg(long, env = "SCCACHE_ACTION_S3_ENDPOINT", requires = "blobs")]
     pub s3_endpoint: Option<String>,
 
-    /// The region of the bucket
+    /// The region of the bucket. The default is AWS_REGION, then AWS_DEFAULT_REGION
     #[arg(long, env = "SCCACHE_ACTION_S3_REGION", requires = "blobs")]
     pub s3_region: Option<String>,
 
@@ -230,6 +230,9 @@ pub enum ServeError {
          --forgejo-secret-file or --unchecked-tokens"
     )]
     NoTokensOfJobs,
+    /// There is a bucket, and nobody names its region.
+    #[error("--s3-region: the bucket needs a region; pass it or set AWS_REGION")]
+    NoRegion,
     /// The HTTP client could not be made.
     #[error("cannot create an HTTP client: {0}")]
     Client(#[from] reqwest::Error),
@@ -301,7 +304,11 @@ fn secret(option: &'static str, path: &Path) -> Result<Vec<u8>, ServeError> {
 }
 
 impl ServeOptions {
-    fn storage(&self) -> StorageConfig {
+    /// The storage; `default_region` is that of a bucket if no option names one.
+    ///
+    /// # Errors
+    /// [`ServeError::NoRegion`] if a bucket has none.
+    fn storage(&self, default_region: Option<String>) -> Result<StorageConfig, ServeError> {
         let limits = StoreLimits {
             // Databases have no larger numbers.
             entry: self.max_entry_size.as_u64().min(i64::MAX as u64),
@@ -310,22 +317,26 @@ impl ServeOptions {
             unused: (!self.max_unused.is_zero()).then_some(self.max_unused),
         };
         let alone = StorageConfig::in_folder(&self.folder, limits);
-        let blobs = self.blobs.clone().map(|bucket| {
-            Location::Bucket(Bucket {
-                endpoint: self.s3_endpoint.clone(),
-                region: self.s3_region.clone(),
-                ..bucket
-            })
-        });
+        let blobs = match self.blobs.clone() {
+            None => alone.blobs,
+            Some(bucket) => {
+                let region = self.s3_region.clone().or(default_region);
+                Location::Bucket(Bucket {
+                    endpoint: self.s3_endpoint.clone(),
+                    region: Some(region.ok_or(ServeError::NoRegion)?),
+                    ..bucket
+                })
+            }
+        };
         let shared = self.database.clone().map(Database::Postgres);
-        StorageConfig {
+        Ok(StorageConfig {
             // Services that share a database share the folder too, if that is where blobs are.
             lock: alone.lock.filter(|_| shared.is_none()),
             database: shared.unwrap_or(alone.database),
-            blobs: blobs.unwrap_or(alone.blobs),
+            blobs,
             reserve: alone.reserve.filter(|_| self.database.is_none()),
             limits,
-        }
+        })
     }
 
     /// The accepted credentials. If no option names any, the service creates a token, which is then
@@ -425,10 +436,13 @@ pub async fn run(options: ServeOptions) -> Result<(), ServeError> {
             "jobs of every repository are accepted; restrict them with --allow"
         );
     }
+    let default_region = ["AWS_REGION", "AWS_DEFAULT_REGION"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok().filter(|region| !region.is_empty()));
     // Signals are caught from here on, so that none is missed while the store is opened.
     let stop = stop_signal()?;
     let config = ServerConfig {
-        storage: options.storage(),
+        storage: options.storage(default_region)?,
         address: options.listen,
         authenticator,
         public_url: options.public_url,
@@ -487,7 +501,7 @@ mod tests {
             unused: Some(Duration::from_secs(7 * 24 * 60 * 60)),
         };
         let folder = Path::new(".sccache-action-cache");
-        let storage = options.storage();
+        let storage = options.storage(None).unwrap();
         assert_eq!(storage.limits, limits);
         assert_eq!(
             storage.database,
@@ -511,13 +525,14 @@ mod tests {
             "--max-unused",
             "0s",
         ]);
-        let storage = options.storage();
+        let storage = options.storage(Some("eu".to_owned())).unwrap();
         assert_eq!(storage.lock, None);
         assert_eq!(storage.limits.unused, None);
         let bucket = Bucket {
             name: "bucket".to_owned(),
             prefix: "some/prefix".to_owned(),
             endpoint: Some("http://127.0.0.1:9000".to_owned()),
+            region: Some("eu".to_owned()),
             ..Bucket::default()
         };
         assert_eq!(storage.blobs, Location::Bucket(bucket));
@@ -546,6 +561,24 @@ mod tests {
             let line = [&["serve"][..], &arguments].concat();
             let error = Line::try_parse_from(line).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_bucket_needs_a_region_from_the_option_or_the_environment() {
+        let eu = || Some("eu".to_owned());
+        for (arguments, default, expected) in [
+            (&[][..], None, None),
+            (&[], eu(), Some("eu")),
+            (&["--s3-region", "us"], eu(), Some("us")),
+        ] {
+            let line = [&["--blobs", "s3://bucket"], arguments].concat();
+            let storage = options(&line).storage(default);
+            let region = storage.ok().map(|storage| match storage.blobs {
+                Location::Bucket(bucket) => bucket.region,
+                Location::Folder(folder) => panic!("{}", folder.display()),
+            });
+            assert_eq!(region.flatten().as_deref(), expected);
         }
     }
 

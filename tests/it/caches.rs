@@ -535,6 +535,9 @@ fn a_token_comes_from_a_file_or_the_environment_and_without_one_nothing_is_asked
     let file = file.display().to_string();
     let with_file = ["caches", "list", "--token-file", &file];
     Ran::of(api.command(&with_file).env("GITHUB_TOKEN", "wrong")).done();
+    std::fs::write(&file, "x".repeat(1 << 20)).unwrap();
+    let large = api.run(&with_file).failed();
+    assert!(large.contains("larger than 64 KiB"), "{large}");
     let list = ["caches", "list"];
     Ran::of(
         api.command(&list)

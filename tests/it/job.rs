@@ -219,11 +219,14 @@ fn the_doctor_has_something_to_say_where_there_is_neither_job_nor_sccache() {
     let output = std::process::Command::new(runner::binary())
         .arg("doctor")
         .env_clear()
+        .env("TMPDIR", "")
         .current_dir(folder.path())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
+    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
     assert!(
         text.contains("note   job") && text.contains("fix: "),
         "{text}"

@@ -11,7 +11,7 @@ use crate::wrapper;
 fn temporary_folder(environment: &Environment) -> PathBuf {
     environment
         .path("RUNNER_TEMP")
-        .unwrap_or_else(std::env::temp_dir)
+        .unwrap_or_else(tempfile::env::temp_dir)
 }
 
 /// Creates a state folder with the wrapper in it: in the runner's folder for temporary files. If
@@ -25,7 +25,7 @@ pub(super) fn with_wrapper(environment: &Environment, program: &Path) -> io::Res
     let named = [
         Some(temporary_folder(environment)),
         environment.path("RUNNER_TOOL_CACHE"),
-        Some(std::env::temp_dir()),
+        Some(tempfile::env::temp_dir()),
     ];
     for folder in named.into_iter().flatten() {
         let tried = StateDir::create(&folder, None).and_then(|state_dir| {

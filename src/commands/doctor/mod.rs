@@ -163,7 +163,7 @@ async fn state_of(server: &Server) -> ServerState {
 fn disks(environment: &Environment, found: Option<&ExistingSetup>) -> Vec<Finding> {
     let temporary = environment
         .path("RUNNER_TEMP")
-        .unwrap_or_else(std::env::temp_dir);
+        .unwrap_or_else(tempfile::env::temp_dir);
     let state = found.map(|found| found.state_dir.root().to_owned());
     let workspace = environment
         .path("GITHUB_WORKSPACE")

@@ -55,6 +55,13 @@ pub async fn version_1_has_a_message(target: &Target) {
         (cache.create_v1("a,b", None).await, 400),
         (cache.with_token("wrong").create_v1("k", None).await, 401),
         (cache.commit((1 << 53) - 1, 0).await, 404),
+        (
+            cache
+                .post_v1("caches/99999999999999999999", json!({}))
+                .await,
+            404,
+        ),
+        (cache.post_v1("caches/x", json!({})).await, 404),
         (cache.create_v1("k", None).await, 409),
         (cache.create_v1("l", Some(u64::MAX)).await, 400),
         (post("{").await, 400),

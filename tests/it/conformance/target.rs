@@ -373,7 +373,7 @@ impl<'a> Cache<'a> {
         request.bearer_auth(self.token)
     }
 
-    async fn post_v1(&self, path: &str, body: Value) -> Answer {
+    pub async fn post_v1(&self, path: &str, body: Value) -> Answer {
         let request = self.v1(Method::POST, path);
         let request = request.header("content-type", "application/json");
         send(request.body(body.to_string())).await
