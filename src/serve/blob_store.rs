@@ -6,13 +6,9 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-#[cfg(unix)]
-use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-#[cfg(unix)]
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -28,6 +24,7 @@ use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::parts::{self, Part, Segment};
 use crate::cache_protocol::store::{Bytestream, Chunk, RangeRead, StoreError};
 use crate::http;
+use crate::serve::private_files;
 use crate::serve::small_contents::SmallContents;
 
 /// How much of a larger blob is read at once from a folder, in bytes. Writes to a folder are not
@@ -126,23 +123,15 @@ const SHARDS: usize = 256;
 
 impl Folder {
     /// Syncs the name of an existing file to the disk, in the folder of this number.
-    #[cfg(unix)]
     fn sync(&self, store: &str, shard: usize) -> io::Result<()> {
-        let sync = |path: &Path| std::fs::File::open(path)?.sync_all();
         let own = self.path.join(store);
-        sync(&own.join(format!("{shard:02x}")))?;
+        private_files::sync(&own.join(format!("{shard:02x}")))?;
         let named = &self.named[shard % SHARDS];
         if !named.load(Ordering::Acquire) {
-            sync(&own)?;
-            sync(&self.path)?;
+            private_files::sync(&own)?;
+            private_files::sync(&self.path)?;
             named.store(true, Ordering::Release);
         }
-        Ok(())
-    }
-
-    /// On these systems folders are no files and cannot be synced.
-    #[cfg(not(unix))]
-    fn sync(&self, _store: &str, _shard: usize) -> io::Result<()> {
         Ok(())
     }
 }
