@@ -1,4 +1,4 @@
-//! Reads the bytes of small parts from the database: in place if it is SQLite, otherwise in batches.
+//! Reads the bytes of small parts that the catalog stores: in place if it is SQLite, otherwise in batches.
 
 use std::collections::HashMap;
 use std::io;
@@ -11,10 +11,9 @@ use crate::cache_protocol::parts::Part;
 use crate::serve::batch::Batcher;
 use crate::serve::catalog::Catalog;
 
-/// The largest part that the database stores itself, in bytes. Nearly all objects of a compiler
-/// cache are smaller. In the database they cost less than a file, which must be announced before,
-/// and must be on the disk with its name. Larger parts cost more there, since a database writes
-/// everything twice.
+/// The largest part that the catalog stores itself, in bytes. Nearly all objects of a compiler cache are
+/// smaller. There they cost less than a file of their own, which must be announced before, and must be on
+/// the disk with its name. Larger parts would be in memory as a whole.
 pub(crate) const SMALL: usize = 256 * 1024;
 
 /// How many are read with one statement.
@@ -47,8 +46,14 @@ impl SmallContents {
             async move {
                 match catalog.contents(&blobs).await {
                     Ok(contents) => {
-                        let contents: HashMap<BlobId, Bytes> = contents.into_iter().collect();
-                        let answers = blobs.iter().map(|blob| Ok(contents.get(blob).cloned()));
+                        let contents = contents.into_iter().map(|(blob, bytes)| {
+                            let error = |error: io::Error| Arc::new(sqlx::Error::from(error));
+                            (blob, bytes.map_err(error))
+                        });
+                        let contents: HashMap<BlobId, _> = contents.collect();
+                        let answers = blobs
+                            .iter()
+                            .map(|blob| contents.get(blob).cloned().transpose());
                         answers.collect()
                     }
                     Err(error) => {

@@ -6,7 +6,7 @@ use crate::cache_protocol::ids::{EntryId, UploadId};
 use crate::cache_protocol::parts::{self, Part};
 use crate::cache_protocol::store::{Entry, StoreError};
 use crate::clock::Timestamp;
-use crate::serve::catalog::garbage::{discard_blob, discard_part};
+use crate::serve::catalog::garbage::{Discarded, discard_blob, discard_part};
 use crate::serve::catalog::rows::{
     encode, entry_name, milliseconds, number, received, timestamp, unsigned,
 };
@@ -52,9 +52,12 @@ impl Catalog {
             // written.
             Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
         };
-        match commit_upload(&mut transaction, commit).await {
+        let mut discarded = Discarded::at(commit.moments.now);
+        match commit_upload(&mut transaction, commit, &mut discarded).await {
             Ok(committed) => {
                 transaction.commit().await?;
+                drop(connection);
+                self.free(discarded).await;
                 Ok(committed)
             }
             Err(error) => {
@@ -73,6 +76,7 @@ async fn commit_upload(
         created,
         moments: Moments { now, abandoned },
     }: &Commit,
+    discarded: &mut Discarded,
 ) -> Result<CommittedUpload, StoreError> {
     // If two commits run at once, the second finds no upload from here on.
     let row =
@@ -121,10 +125,10 @@ async fn commit_upload(
     .await?
     .ok_or(StoreError::AlreadyExists)?;
     for unused in parts::unused(&known, &parts) {
-        discard_blob(transaction, unused.blob, unused.inside, now).await?;
+        discard_blob(transaction, unused.blob, unused.inside, discarded).await?;
     }
     for row in given_up {
-        discard_part(transaction, row, now).await?;
+        discard_part(transaction, row, discarded).await?;
     }
     let entry = Entry {
         id: EntryId(unsigned(&row, "id")?),

@@ -2,59 +2,103 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tracing::warn;
 
 use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
-use crate::serve::catalog::contents::{blocking, location};
+use crate::serve::catalog::contents::{blocking, stored_location};
 use crate::serve::catalog::rows::{number, unsigned};
-use crate::serve::catalog::segments::ContentLocation;
+use crate::serve::catalog::segments::{ContentLocation, FullSegment, Segments};
+use crate::serve::reserved_space::is_full;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
 const MOVED_AT_ONCE: usize = 64;
 
-/// Which segments a compaction empties.
+/// Which segments a compaction empties. It deletes all that are dead as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Compaction {
-    /// Those of which at least this percentage is dead.
+    /// Those of which at least this percentage is dead, counted in what they take of the disk.
     pub dead_percent: u64,
-    /// It ends when so many bytes of the disk are free again.
+    /// It empties no more when so many bytes of the disk are free again.
     pub enough: u64,
 }
 
+impl Compaction {
+    /// One that empties no segment, so that it writes nothing.
+    pub const DEAD: Self = Self {
+        dead_percent: 100,
+        enough: 0,
+    };
+}
+
 impl Catalog {
-    /// Moves the contents out of segments that are mostly dead, and deletes these segments. Returns how many
-    /// bytes of the disk it freed.
+    /// Moves the contents out of segments that are mostly dead, and deletes these segments, unless no small
+    /// content was discarded since the last time. Returns how many bytes of the disk it freed. A segment
+    /// that cannot be emptied or deleted stays, with a warning.
     ///
     /// # Errors
-    /// An error of the database or of the disk. The next compaction does the rest.
+    /// An error of the database, and of a full disk. The next compaction does the rest.
     pub async fn compact(&self, compaction: Compaction) -> Result<u64, StoreError> {
-        let Some(segments) = self.segments() else {
+        let Some(sqlite) = &self.sqlite else {
             return Ok(0);
         };
+        let segments = &sqlite.segments;
+        if !sqlite.has_new_garbage.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        if compaction != Compaction::DEAD {
+            sqlite.has_new_garbage.store(false, Ordering::Relaxed);
+        }
+        let compacted = self.compact_segments(segments, compaction).await;
+        if compacted.is_err() {
+            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+        }
+        compacted
+    }
+
+    async fn compact_segments(
+        &self,
+        segments: &Arc<Segments>,
+        compaction: Compaction,
+    ) -> Result<u64, StoreError> {
         let full = blocking(segments, |segments| segments.full()).await?;
+        // Nobody appends to these any more. Once each content in them has its row, they get no new rows.
+        drop(segments.all_named().await);
         let live = self.live_bytes().await?;
-        let (mut dead, mut mostly_dead) = (Vec::new(), Vec::new());
-        for (segment, length) in full {
-            let Some(live) = live.get(&segment) else {
-                dead.push((segment, length));
+        let (mut freed, mut mostly_dead) = (0, Vec::new());
+        for segment in full {
+            let Some(live) = live.get(&segment.number) else {
+                freed += self.delete_dead(segments, segment).await?;
                 continue;
             };
-            let unused = length.saturating_sub(*live);
-            if unused >= length * compaction.dead_percent / 100 {
-                mostly_dead.push((segment, unused));
+            let dead = segment.taken.saturating_sub(*live);
+            if dead > 0 && dead >= segment.taken * compaction.dead_percent / 100 {
+                mostly_dead.push((dead, segment));
             }
         }
-        let mut freed = self.delete_dead(&dead).await?;
-        mostly_dead.sort_by_key(|(segment, unused)| (Reverse(*unused), *segment));
-        for emptied in mostly_dead {
+        mostly_dead.sort_by_key(|(dead, segment)| (Reverse(*dead), segment.number));
+        for (dead, segment) in mostly_dead {
             if freed >= compaction.enough {
                 break;
             }
-            self.empty(emptied.0).await?;
-            // On a full disk the next one needs its room.
-            freed += self.delete_dead(&[emptied]).await?;
+            if let Err(error) = self.empty(segments, segment.number).await {
+                if is_full(&error) {
+                    return Err(error);
+                }
+                cannot_free(segment, error.cause());
+                continue;
+            }
+            // At once, since on a full disk the next one needs its room.
+            let emptied = FullSegment {
+                taken: dead,
+                ..segment
+            };
+            freed += self.delete_dead(segments, emptied).await?;
         }
         Ok(freed)
     }
@@ -73,27 +117,30 @@ impl Catalog {
     }
 
     /// Moves the contents of `segment`, as far as they can be read.
-    async fn empty(&self, segment: u64) -> Result<(), StoreError> {
+    async fn empty(&self, segments: &Arc<Segments>, segment: u64) -> Result<(), StoreError> {
         let rows = sqlx::query(
             "SELECT blob, segment, start, length FROM contents WHERE segment = $1 ORDER BY blob",
         )
         .bind(number(segment))
         .fetch_all(&self.read)
         .await?;
-        let located: Vec<(BlobId, ContentLocation)> = rows
-            .iter()
-            .map(|row| Ok((BlobId(unsigned(row, "blob")?), location(row)?)))
-            .collect::<Result<_, sqlx::Error>>()?;
+        let mut located = Vec::with_capacity(rows.len());
+        for row in &rows {
+            if let Some(location) = stored_location(row)? {
+                located.push((BlobId(unsigned(row, "blob")?), location));
+            }
+        }
         for located in located.chunks(MOVED_AT_ONCE) {
-            self.copy(located).await?;
+            self.copy(segments, located).await?;
         }
         Ok(())
     }
 
-    async fn copy(&self, located: &[(BlobId, ContentLocation)]) -> Result<(), StoreError> {
-        let Some(segments) = self.segments() else {
-            return Ok(());
-        };
+    async fn copy(
+        &self,
+        segments: &Arc<Segments>,
+        located: &[(BlobId, ContentLocation)],
+    ) -> Result<(), StoreError> {
         let _unnamed = segments.unnamed().await;
         let mut writer = self.writer().await?;
         let (blobs, locations): (Vec<BlobId>, Vec<ContentLocation>) =
@@ -133,21 +180,161 @@ impl Catalog {
         Ok(())
     }
 
-    /// Deletes those of these segments that no row names. Each comes with its `unused` bytes. Returns how many
-    /// of these are free now.
-    async fn delete_dead(&self, unused: &[(u64, u64)]) -> Result<u64, StoreError> {
-        let Some(segments) = self.segments().filter(|_| !unused.is_empty()) else {
+    /// Deletes a segment, unless a row names it after all. Returns how many bytes of the disk are free now.
+    async fn delete_dead(
+        &self,
+        segments: &Arc<Segments>,
+        segment: FullSegment,
+    ) -> Result<u64, StoreError> {
+        // A transaction whose request is gone may still end in this connection.
+        let mut writer = self.writer().await?;
+        let named = sqlx::query(
+            "SELECT CAST(EXISTS (SELECT 1 FROM contents WHERE segment = $1) AS BIGINT) AS named",
+        )
+        .bind(number(segment.number))
+        .fetch_one(&mut *writer)
+        .await?;
+        drop(writer);
+        if unsigned(&named, "named")? != 0 {
             return Ok(0);
-        };
-        let _all_named = segments.all_named().await;
-        let live = self.live_bytes().await?;
-        let mut freed = 0;
-        for &(segment, bytes) in unused {
-            if !live.contains_key(&segment) {
-                blocking(segments, move |segments| segments.delete(segment)).await?;
-                freed += bytes;
+        }
+        let deleted = blocking(segments, move |segments| segments.delete(segment.number));
+        match deleted.await {
+            Ok(()) => Ok(segment.taken),
+            Err(error) => {
+                cannot_free(segment, error);
+                Ok(0)
             }
         }
-        Ok(freed)
+    }
+}
+
+fn cannot_free(segment: FullSegment, error: impl std::fmt::Display) {
+    let segment = segment.number;
+    warn!(segment, %error, "cannot free the room of a file of small contents");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use bytes::Bytes;
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::cache_protocol::store::EntryName;
+    use crate::clock::Timestamp;
+    use crate::serve::blob_store::digests_of_all;
+    use crate::serve::catalog::{Database, SmallPart, UnwrittenCommit};
+
+    const USUAL: Compaction = Compaction {
+        dead_percent: 34,
+        enough: u64::MAX,
+    };
+
+    /// A content that no other blob has, in length neither.
+    fn content(blob: u64) -> Bytes {
+        vec![blob as u8; 40_000 + blob as usize * 100].into()
+    }
+
+    /// A catalog with some segments full of contents.
+    async fn catalog(folder: &Path, blobs: u64) -> Catalog {
+        let database = Database::Sqlite(folder.join("catalog.sqlite"));
+        let catalog = Catalog::open(&database).await.unwrap();
+        let commits: Vec<UnwrittenCommit> = (0..blobs)
+            .map(|blob| {
+                let bytes = content(blob);
+                UnwrittenCommit {
+                    name: EntryName {
+                        scope: "o/a:main".into(),
+                        version: "v".into(),
+                        key: format!("k{blob}"),
+                    },
+                    size: bytes.len() as u64,
+                    content: Some(SmallPart {
+                        blob: BlobId(blob),
+                        digests: digests_of_all(&bytes),
+                        bytes,
+                    }),
+                    created: Timestamp::now(),
+                    now: Timestamp::now(),
+                }
+            })
+            .collect();
+        for commits in commits.chunks(20) {
+            catalog.commit_unwritten(&commits.into()).await.unwrap();
+        }
+        catalog
+    }
+
+    fn taken(folder: &Path) -> u64 {
+        let files = fs::read_dir(folder.join("contents")).unwrap();
+        files
+            .map(|file| file.unwrap().metadata().unwrap().len())
+            .sum()
+    }
+
+    async fn delete_three_of_four(catalog: &Catalog) {
+        let mut writer = catalog.writer().await.unwrap();
+        writer
+            .execute("DELETE FROM contents WHERE blob % 4 <> 0")
+            .await
+            .unwrap();
+    }
+
+    async fn read(catalog: &Catalog, blobs: &[BlobId]) -> HashMap<BlobId, std::io::Result<Bytes>> {
+        catalog.contents(blobs).await.unwrap().into_iter().collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn each_content_that_moves_keeps_its_own_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalog = catalog(folder.path(), 400).await;
+        delete_three_of_four(&catalog).await;
+        let before = taken(folder.path());
+        catalog.compact(USUAL).await.unwrap();
+        let after = taken(folder.path());
+        assert!(after < before / 2, "{before} {after}");
+        let blobs: Vec<BlobId> = (0..400).map(BlobId).collect();
+        let mut found = read(&catalog, &blobs).await;
+        assert_eq!(found.len(), 100);
+        for blob in (0..400).step_by(4) {
+            let bytes = found.remove(&BlobId(blob)).unwrap().unwrap();
+            assert!(bytes == content(blob), "{blob}");
+            let in_place = catalog.content_in_place(BlobId(blob)).flatten();
+            assert!(
+                in_place.is_none_or(|bytes| bytes == content(blob)),
+                "{blob}"
+            );
+        }
+        // Nothing was discarded since.
+        assert_eq!(catalog.compact(USUAL).await.unwrap(), 0);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_segment_that_cannot_be_read_stops_neither_the_others_nor_their_readers() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalog = catalog(folder.path(), 400).await;
+        delete_three_of_four(&catalog).await;
+        catalog.close().await;
+        // Reading a folder is an error of the disk, and not one that says that it is missing.
+        let path = folder.path().join("contents/0000000002.segment");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let database = Database::Sqlite(folder.path().join("catalog.sqlite"));
+        let catalog = Catalog::open(&database).await.unwrap();
+        let before = taken(folder.path());
+        catalog.compact(USUAL).await.unwrap();
+        let after = taken(folder.path());
+        assert!(after < before / 2, "{before} {after}");
+        let blobs: Vec<BlobId> = (0..400).map(BlobId).collect();
+        let found = read(&catalog, &blobs).await;
+        let (good, bad): (Vec<_>, Vec<_>) = found.into_iter().partition(|(_, read)| read.is_ok());
+        assert!(good.len() > 50 && !bad.is_empty(), "{}", bad.len());
+        for (BlobId(blob), bytes) in good {
+            assert!(bytes.unwrap() == content(blob), "{blob}");
+        }
     }
 }

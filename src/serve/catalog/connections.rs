@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
@@ -74,9 +75,19 @@ impl Catalog {
         // This allows giving free pages back to the disk. It writes to the file, so only one
         // connection sets it.
         let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
+        // A pool would try again and again, and say nothing of why.
+        let mut connection = AnyConnection::connect(&url).await?;
+        connection
+            .execute(sqlx::AssertSqlSafe(first.clone()))
+            .await?;
         let open = |connections, pragmas: &str| {
             let pragmas = pragmas.to_owned();
             options()
+                // On a full disk SQLite ends a transaction by itself, which sqlx does not see.
+                .before_acquire(|connection, _| {
+                    let is_usable = !connection.is_in_transaction();
+                    Box::pin(async move { Ok(is_usable) })
+                })
                 .max_connections(connections)
                 // A connection to a file does not break, and testing it costs time.
                 .test_before_acquire(false)
@@ -92,6 +103,9 @@ impl Catalog {
         let write = open(1, &first).await?;
         let read = open(CONNECTIONS, &pragmas).await?;
         let quick = open(QUICK_CONNECTIONS, &pragmas).await?;
+        // Not before: the last connection to be closed removes SQLite's log, and a full disk has no room for
+        // another.
+        connection.close().await?;
         let threads = tokio::runtime::Handle::current().metrics().num_workers();
         prepare(&write, &schema(Dialect::Sqlite)).await?;
         let segments = Arc::new(Segments::open(&path.with_file_name("contents"))?);
@@ -100,6 +114,8 @@ impl Catalog {
             in_place: InPlaceReader::new(path, threads, segments.clone()),
             batch_writer: BatchWriter::open(path)?,
             segments,
+            has_new_garbage: AtomicBool::new(true),
+            has_little_room: AtomicBool::new(false),
         };
         Ok(Self {
             read,
@@ -171,10 +187,17 @@ impl Catalog {
             Some(sqlite) => Some(sqlite.turn.clone().lock_owned().await),
             None => None,
         };
-        let connection = self.write.acquire().await?;
+        let mut connection = self.write.acquire().await?;
+        if self.has_little_room() {
+            // If it fails, there may be room for this transaction even so.
+            let _ = connection.execute(BEGIN_LOG_AGAIN).await;
+        }
         Ok(DatabaseWriter { connection, _turn })
     }
 }
+
+/// Writes SQLite's log back into the database, so that the next transaction begins it again.
+pub(super) const BEGIN_LOG_AGAIN: &str = "PRAGMA wal_checkpoint(RESTART)";
 
 /// The settings of a connection to SQLite: readers do not wait, and each transaction waits for the disk.
 pub(super) fn pragmas() -> String {
@@ -193,4 +216,76 @@ fn options() -> AnyPoolOptions {
 fn sqlite_url(path: &Path) -> String {
     let path = percent_encode(path.as_os_str().as_encoded_bytes(), NON_ALPHANUMERIC);
     format!("sqlite:{path}?mode=rwc")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache_protocol::ids::UploadId;
+    use crate::cache_protocol::store::{EntryName, StoreError};
+    use crate::clock::Timestamp;
+    use crate::serve::catalog::{Commit, Moments, Unwritten};
+    use crate::serve::reserved_space::is_full;
+
+    fn upload(number: u64, key: &str) -> Unwritten {
+        Unwritten {
+            upload: UploadId(number),
+            name: EntryName {
+                scope: "o/a:main".into(),
+                version: "v".into(),
+                key: format!("{key}{number}"),
+            },
+            used: Timestamp::now(),
+            content: None,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn after_a_full_disk_what_is_written_is_there_for_all_connections() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog.sqlite");
+        let catalog = Catalog::open(&Database::Sqlite(path)).await.unwrap();
+        let pages = async |most: u64| {
+            let pragma = sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {most}"));
+            catalog.writer().await.unwrap().execute(pragma).await
+        };
+        pages(20).await.unwrap();
+        let long = "k".repeat(400);
+        let many: Vec<Unwritten> = (1000..1400).map(|number| upload(number, &long)).collect();
+        let error = catalog.persist(&many).await.unwrap_err();
+        assert!(is_full(&error), "{error:?}");
+        pages(1_000_000).await.unwrap();
+        let now = Timestamp::now();
+        let moments = Moments {
+            now,
+            abandoned: Timestamp::UNIX_EPOCH,
+        };
+        for number in [2, 3] {
+            catalog.persist(&[upload(number, "k")]).await.unwrap();
+            // An error of a client, which ends a transaction too.
+            let unknown = catalog.join_blocks(UploadId(99), &[], 1, now).await;
+            assert!(matches!(unknown, Err(StoreError::NoSuchUpload)));
+            assert!(catalog.name_of(UploadId(number)).await.is_ok());
+            let commit = Commit {
+                upload: UploadId(number),
+                size: 0,
+                created: now,
+                moments,
+            };
+            catalog.commit(&commit).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_database_that_cannot_be_opened_says_why_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog.sqlite");
+        std::fs::write(&path, "not a database, whatever its name says").unwrap();
+        let database = Database::Sqlite(path);
+        let error = timeout(CAUSE_WAIT, Catalog::open(&database))
+            .await
+            .unwrap()
+            .unwrap_err();
+        assert!(error.to_string().contains("not a database"), "{error}");
+    }
 }

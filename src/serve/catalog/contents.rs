@@ -68,18 +68,22 @@ impl Catalog {
         })
     }
 
-    /// The bytes of these blobs, as far as they are there, in any order.
+    /// The bytes of these blobs, as far as they are there, in any order. One that cannot be read has an error
+    /// of its own.
     ///
     /// # Errors
-    /// An error of the database or of the disk.
-    pub async fn contents(&self, blobs: &[BlobId]) -> Result<Vec<(BlobId, Bytes)>, sqlx::Error> {
+    /// An error of the database.
+    pub async fn contents(
+        &self,
+        blobs: &[BlobId],
+    ) -> Result<Vec<(BlobId, io::Result<Bytes>)>, sqlx::Error> {
         let mut contents = Vec::with_capacity(blobs.len());
         let mut left = blobs.to_vec();
         for _ in 0..ATTEMPTS {
             let mut located = Vec::new();
             for (blob, bytes) in self.stored_contents(&left).await? {
                 match bytes {
-                    ContentBytes::InRow(bytes) => contents.push((blob, bytes)),
+                    ContentBytes::InRow(bytes) => contents.push((blob, Ok(bytes))),
                     ContentBytes::InSegment(location) => located.push((blob, location)),
                 }
             }
@@ -96,9 +100,8 @@ impl Catalog {
             });
             for (blob, bytes) in read.await? {
                 match bytes {
-                    Ok(bytes) => contents.push((blob, bytes)),
                     Err(error) if is_missing(&error) => left.push(blob),
-                    Err(error) => return Err(error.into()),
+                    bytes => contents.push((blob, bytes)),
                 }
             }
         }
@@ -138,20 +141,24 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 fn stored_bytes(row: &AnyRow) -> Result<ContentBytes, sqlx::Error> {
-    let segment: Option<i64> = row.try_get("segment")?;
-    if segment.is_some() {
-        return Ok(ContentBytes::InSegment(location(row)?));
+    if let Some(location) = stored_location(row)? {
+        return Ok(ContentBytes::InSegment(location));
     }
     let content: &[u8] = row.try_get("content")?;
     Ok(ContentBytes::InRow(Bytes::copy_from_slice(content)))
 }
 
-pub(super) fn location(row: &AnyRow) -> Result<ContentLocation, sqlx::Error> {
-    Ok(ContentLocation {
+/// Where a content lies, if it is in a segment.
+pub(super) fn stored_location(row: &AnyRow) -> Result<Option<ContentLocation>, sqlx::Error> {
+    let segment: Option<i64> = row.try_get("segment")?;
+    if segment.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(ContentLocation {
         segment: unsigned(row, "segment")?,
         start: unsigned(row, "start")?,
         length: unsigned(row, "length")?,
-    })
+    }))
 }
 
 pub(super) async fn insert_contents(

@@ -7,7 +7,7 @@ use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Entry, KEY_LIMIT, Query, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
-use crate::serve::catalog::garbage::discard_entry;
+use crate::serve::catalog::garbage::{Discarded, discard_entry};
 use crate::serve::catalog::rows::{
     decode_parts, entry_name, in_steps, milliseconds, number, placeholders, timestamp, unsigned,
 };
@@ -76,22 +76,25 @@ impl Catalog {
             .transpose()
     }
 
-    /// Removes an entry whose content is missing.
+    /// Removes an entry whose content is missing. `false` if it was gone.
     ///
     /// # Errors
     /// An error of the database.
-    pub async fn remove_entry(&self, entry: EntryId, now: Timestamp) -> Result<(), StoreError> {
+    pub async fn remove_entry(&self, entry: EntryId, now: Timestamp) -> Result<bool, StoreError> {
         let mut writer = self.writer().await?;
         let mut transaction = writer.begin().await?;
+        let mut discarded = Discarded::at(now);
         let row = sqlx::query("DELETE FROM entries WHERE id = $1 RETURNING size, parts")
             .bind(number(entry))
             .fetch_optional(&mut *transaction)
             .await?;
-        if let Some(row) = row {
-            discard_entry(&mut transaction, &row, now).await?;
+        if let Some(row) = &row {
+            discard_entry(&mut transaction, row, &mut discarded).await?;
         }
         transaction.commit().await?;
-        Ok(())
+        drop(writer);
+        self.free(discarded).await;
+        Ok(row.is_some())
     }
 
     /// Notes when entries were last used.

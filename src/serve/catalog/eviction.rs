@@ -4,9 +4,9 @@ use sqlx::Row;
 
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
-use crate::serve::catalog::garbage::discard_entry;
+use crate::serve::catalog::Catalog;
+use crate::serve::catalog::garbage::{Discarded, discard_entry};
 use crate::serve::catalog::rows::{milliseconds, number, unsigned};
-use crate::serve::catalog::{Catalog, SWEEP_ROWS};
 
 /// The storage that an entry takes: its blobs, each once.
 const STORED: &str = "COALESCE(stored, size)";
@@ -18,6 +18,8 @@ pub struct Removed {
     pub count: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// How many of these are free on the disk already.
+    pub freed: u64,
 }
 
 impl Catalog {
@@ -30,20 +32,23 @@ impl Catalog {
         loop {
             let mut writer = self.writer().await?;
             let mut transaction = writer.begin().await?;
+            let mut discarded = Discarded::at(now);
             let rows = sqlx::query(
                 "DELETE FROM entries WHERE id IN \
                  (SELECT id FROM entries WHERE used < $1 ORDER BY used, id LIMIT $2) \
                  RETURNING size, parts",
             )
             .bind(milliseconds(before))
-            .bind(SWEEP_ROWS)
+            .bind(self.sweep_rows())
             .fetch_all(&mut *transaction)
             .await?;
             for row in &rows {
                 swept.count += 1;
-                swept.bytes += discard_entry(&mut transaction, row, now).await?;
+                swept.bytes += discard_entry(&mut transaction, row, &mut discarded).await?;
             }
             transaction.commit().await?;
+            drop(writer);
+            swept.freed += self.free(discarded).await;
             if rows.is_empty() {
                 return Ok(swept);
             }
@@ -87,9 +92,10 @@ impl Catalog {
         while swept.bytes < bytes {
             let mut writer = self.writer().await?;
             let mut transaction = writer.begin().await?;
+            let mut discarded = Discarded::at(now);
             let oldest = sqlx::query(sqlx::AssertSqlSafe(oldest.clone()))
                 .bind(repository)
-                .bind(SWEEP_ROWS)
+                .bind(self.sweep_rows())
                 .fetch_all(&mut *transaction)
                 .await?;
             if oldest.is_empty() {
@@ -108,10 +114,12 @@ impl Catalog {
                 swept.bytes += unsigned(row, "stored")?;
                 if let Some(gone) = gone {
                     swept.count += 1;
-                    discard_entry(&mut transaction, &gone, now).await?;
+                    discard_entry(&mut transaction, &gone, &mut discarded).await?;
                 }
             }
             transaction.commit().await?;
+            drop(writer);
+            swept.freed += self.free(discarded).await;
         }
         Ok(swept)
     }

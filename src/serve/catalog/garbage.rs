@@ -1,13 +1,35 @@
 //! Blobs that nothing names any more: they become garbage, and are forgotten once deleted.
 
+use std::sync::atomic::Ordering;
+
 use sqlx::any::AnyRow;
 use sqlx::{Any, Row, Transaction};
 
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
+use crate::serve::catalog::Catalog;
+use crate::serve::catalog::contents::{blocking, stored_location};
 use crate::serve::catalog::rows::{decode_parts, is_inside, milliseconds, number, unsigned};
-use crate::serve::catalog::{Catalog, SWEEP_ROWS};
+use crate::serve::catalog::segments::ContentLocation;
+
+/// What a transaction discards.
+#[derive(Debug)]
+pub(super) struct Discarded {
+    now: Timestamp,
+    /// Where contents are whose rows it deletes. Their room is given back once it is committed, see
+    /// [`Catalog::free`].
+    contents: Vec<ContentLocation>,
+}
+
+impl Discarded {
+    pub(super) fn at(now: Timestamp) -> Self {
+        Self {
+            now,
+            contents: Vec::new(),
+        }
+    }
+}
 
 impl Catalog {
     /// Some of the blobs that are garbage since `until` or before.
@@ -18,7 +40,7 @@ impl Catalog {
         let rows =
             sqlx::query("SELECT blob FROM garbage WHERE since <= $1 ORDER BY since LIMIT $2")
                 .bind(milliseconds(until))
-                .bind(SWEEP_ROWS)
+                .bind(self.sweep_rows())
                 .fetch_all(&self.read)
                 .await?;
         rows.iter()
@@ -42,6 +64,25 @@ impl Catalog {
         transaction.commit().await?;
         Ok(())
     }
+
+    /// Gives the room of discarded contents back to the disk, where the file system can do that. Call this
+    /// when the transaction is committed. Returns how many bytes are free now.
+    pub(super) async fn free(&self, discarded: Discarded) -> u64 {
+        let Some(sqlite) = &self.sqlite else {
+            return 0;
+        };
+        let contents = discarded.contents;
+        if contents.is_empty() {
+            return 0;
+        }
+        sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+        let freed = blocking(
+            &sqlite.segments,
+            move |segments| Ok(segments.free(contents)),
+        );
+        // If it fails, a compaction does it.
+        freed.await.unwrap_or(0)
+    }
 }
 
 pub(super) async fn mark_garbage(
@@ -57,21 +98,24 @@ pub(super) async fn mark_garbage(
     Ok(())
 }
 
-/// Removes a blob: its bytes at once if they are in the database, since each read of them is a
-/// single statement.
+/// Removes a blob. A small content goes at once: each read of it is one read of a row and of a file, and one
+/// that comes too late finds other bytes than the digests say.
 pub(super) async fn discard_blob(
     transaction: &mut Transaction<'_, Any>,
     blob: BlobId,
     inside: bool,
-    now: Timestamp,
+    discarded: &mut Discarded,
 ) -> Result<(), sqlx::Error> {
     if !inside {
-        return mark_garbage(transaction, blob, now).await;
+        return mark_garbage(transaction, blob, discarded.now).await;
     }
-    sqlx::query("DELETE FROM contents WHERE blob = $1")
+    let row = sqlx::query("DELETE FROM contents WHERE blob = $1 RETURNING segment, start, length")
         .bind(number(blob))
-        .execute(&mut **transaction)
+        .fetch_optional(&mut **transaction)
         .await?;
+    if let Some(row) = row {
+        discarded.contents.extend(stored_location(&row)?);
+    }
     Ok(())
 }
 
@@ -79,28 +123,23 @@ pub(super) async fn discard_blob(
 pub(super) async fn discard_part(
     transaction: &mut Transaction<'_, Any>,
     row: &AnyRow,
-    now: Timestamp,
+    discarded: &mut Discarded,
 ) -> Result<(), sqlx::Error> {
-    discard_blob(
-        transaction,
-        BlobId(unsigned(row, "id")?),
-        is_inside(row)?,
-        now,
-    )
-    .await
+    let blob = BlobId(unsigned(row, "id")?);
+    discard_blob(transaction, blob, is_inside(row)?, discarded).await
 }
 
 pub(super) async fn discard_parts_of(
     transaction: &mut Transaction<'_, Any>,
     upload: UploadId,
-    now: Timestamp,
+    discarded: &mut Discarded,
 ) -> Result<(), sqlx::Error> {
     let parts = sqlx::query("DELETE FROM parts WHERE upload = $1 RETURNING id, inside")
         .bind(number(upload))
         .fetch_all(&mut **transaction)
         .await?;
     for row in parts {
-        discard_part(transaction, &row, now).await?;
+        discard_part(transaction, &row, discarded).await?;
     }
     Ok(())
 }
@@ -108,10 +147,10 @@ pub(super) async fn discard_parts_of(
 pub(super) async fn discard_entry(
     transaction: &mut Transaction<'_, Any>,
     row: &AnyRow,
-    now: Timestamp,
+    discarded: &mut Discarded,
 ) -> Result<u64, sqlx::Error> {
     for part in decode_parts(row.try_get("parts")?)? {
-        discard_blob(transaction, part.blob, part.inside, now).await?;
+        discard_blob(transaction, part.blob, part.inside, discarded).await?;
     }
     unsigned(row, "size")
 }

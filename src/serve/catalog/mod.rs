@@ -38,14 +38,16 @@ mod upload_parts;
 mod uploads;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use sqlx::{AnyPool, Executor};
+use sqlx::{AnyPool, Executor, Row};
 use tokio::sync::Mutex;
 
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::clock::Timestamp;
+use crate::serve::catalog::connections::BEGIN_LOG_AGAIN;
 use crate::serve::catalog::in_place::InPlaceReader;
 use crate::serve::catalog::rows::unsigned;
 use crate::serve::catalog::schema::Dialect;
@@ -62,6 +64,12 @@ pub use crate::serve::catalog::uploads::{NameStatus, Unwritten};
 
 /// How many rows one transaction of the sweep deletes.
 const SWEEP_ROWS: i64 = 500;
+
+/// The same on a full disk: a row is in some five pages of the database, and each of them goes to the log.
+const FEW_SWEEP_ROWS: i64 = 32;
+
+/// Gives so many pages back at once: the pages that move to their places go to the log.
+const GIVE_BACK: &str = "PRAGMA incremental_vacuum(256)";
 
 /// The database's tables.
 #[derive(Clone, Debug)]
@@ -84,6 +92,22 @@ struct SqliteState {
     in_place: InPlaceReader,
     batch_writer: BatchWriter,
     segments: Arc<Segments>,
+    /// Whether small contents were discarded since the last compaction.
+    has_new_garbage: AtomicBool,
+    /// Whether the disk is full.
+    has_little_room: AtomicBool,
+}
+
+/// As long as this exists, the catalog writes as on a full disk.
+#[derive(Debug)]
+pub struct LittleRoom(Option<Arc<SqliteState>>);
+
+impl Drop for LittleRoom {
+    fn drop(&mut self) {
+        if let Some(sqlite) = &self.0 {
+            sqlite.has_little_room.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 /// The totals of the store.
@@ -126,12 +150,24 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub async fn give_back(&self) -> Result<(), StoreError> {
-        if self.sqlite.is_some() {
-            let mut connection = self.writer().await?;
-            connection.execute("PRAGMA incremental_vacuum").await?;
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").await?;
+        if self.sqlite.is_none() {
+            return Ok(());
         }
-        Ok(())
+        let mut before = i64::MAX;
+        loop {
+            let mut connection = self.writer().await?;
+            let free = sqlx::query("PRAGMA freelist_count")
+                .fetch_one(&mut *connection)
+                .await?;
+            let free: i64 = free.try_get(0)?;
+            // A database of a very old version cannot give pages back.
+            if free == 0 || free >= before {
+                return Ok(());
+            }
+            before = free;
+            connection.execute(GIVE_BACK).await?;
+            connection.execute(BEGIN_LOG_AGAIN).await?;
+        }
     }
 
     /// The totals of the database.
@@ -188,6 +224,29 @@ impl Catalog {
         self.write.close().await;
         if let Some(segments) = self.segments() {
             segments.close();
+        }
+    }
+
+    /// On a full disk: from now on each transaction of a sweep is small, and each write begins SQLite's log
+    /// again, so that it does not grow. [`LittleRoom`] ends that when it is dropped.
+    #[must_use]
+    pub fn with_little_room(&self) -> LittleRoom {
+        if let Some(sqlite) = &self.sqlite {
+            sqlite.has_little_room.store(true, Ordering::Relaxed);
+        }
+        LittleRoom(self.sqlite.clone())
+    }
+
+    fn has_little_room(&self) -> bool {
+        let sqlite = self.sqlite.as_ref();
+        sqlite.is_some_and(|sqlite| sqlite.has_little_room.load(Ordering::Relaxed))
+    }
+
+    fn sweep_rows(&self) -> i64 {
+        if self.has_little_room() {
+            FEW_SWEEP_ROWS
+        } else {
+            SWEEP_ROWS
         }
     }
 

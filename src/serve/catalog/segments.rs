@@ -2,8 +2,9 @@
 //! in them a content lies.
 //!
 //! A content is written once, where a row of SQLite's with the content itself is written to the log, from
-//! there to the database, and over several pages. Bytes that no row names are dead. A segment that is
-//! mostly dead is emptied and deleted: see `compaction`.
+//! there to the database, and over several pages. Bytes that no row names are dead. Where the file system can
+//! punch holes into files, the room of a discarded content is free at once. A segment that is mostly dead
+//! even so is emptied and deleted: see `compaction`.
 //!
 //! Each process appends to segments of its own and never to those that it finds. So a write that broke off
 //! needs no repair.
@@ -41,6 +42,15 @@ pub(super) struct ContentLocation {
     pub(super) length: u64,
 }
 
+/// A segment that nobody appends to any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FullSegment {
+    /// Its number.
+    pub(super) number: u64,
+    /// What it takes of the disk, in bytes.
+    pub(super) taken: u64,
+}
+
 /// A folder of segments.
 #[derive(Debug)]
 pub(super) struct Segments {
@@ -60,10 +70,19 @@ struct Appended {
     current: Option<Current>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Current {
     file: Arc<File>,
     length: u64,
+}
+
+/// Why contents were not appended.
+enum AppendError {
+    /// They were not written.
+    Write(io::Error),
+    /// They were not synced. Nobody knows which bytes of the segment are on the disk, so nothing more is
+    /// appended to it.
+    Sync(io::Error),
 }
 
 impl Segments {
@@ -80,7 +99,7 @@ impl Segments {
             open: Cache::new(OPEN_FILES),
             unnamed: Arc::default(),
         };
-        let last = segments.list()?.into_iter().map(|(number, _)| number).max();
+        let last = segments.list()?.iter().map(|segment| segment.number).max();
         segments.lock().last = last.unwrap_or(0);
         Ok(segments)
     }
@@ -100,18 +119,47 @@ impl Segments {
     /// waits for the disk.
     ///
     /// # Errors
-    /// An error of the disk. Whatever was written of them is dead then.
+    /// An error of the disk. None of them is there then, and the disk has their room again.
     pub(super) fn append(&self, contents: &[Bytes]) -> io::Result<Vec<ContentLocation>> {
         let mut appended = self.lock();
+        let (before, last) = (appended.current.clone(), appended.last);
+        self.append_all(&mut appended, contents).map_err(|error| {
+            for number in last + 1..=appended.last {
+                // One that was not begun, or that cannot be deleted now, is deleted by a compaction.
+                let _ = self.delete(number);
+            }
+            if let Some(before) = &before {
+                // If this fails, the next content is written over the remains.
+                let _ = before.file.set_len(before.length);
+            }
+            appended.current = None;
+            match error {
+                AppendError::Write(error) => {
+                    if appended.last == last {
+                        appended.current = before;
+                    }
+                    error
+                }
+                AppendError::Sync(error) => error,
+            }
+        })
+    }
+
+    fn append_all(
+        &self,
+        appended: &mut Appended,
+        contents: &[Bytes],
+    ) -> Result<Vec<ContentLocation>, AppendError> {
         let mut locations = Vec::with_capacity(contents.len());
         for content in contents {
             if appended.is_full() {
-                appended.sync()?;
+                appended.sync().map_err(AppendError::Sync)?;
                 appended.current = None;
             }
-            locations.push(self.append_one(&mut appended, content)?);
+            let location = self.append_one(appended, content);
+            locations.push(location.map_err(AppendError::Write)?);
         }
-        appended.sync()?;
+        appended.sync().map_err(AppendError::Sync)?;
         Ok(locations)
     }
 
@@ -122,11 +170,7 @@ impl Segments {
         };
         let current = appended.current.as_mut().ok_or(io::ErrorKind::NotFound)?;
         let (start, length) = (current.length, content.len() as u64);
-        if let Err(error) = local_file::write_at(&current.file, content, start) {
-            // If this fails too, the next content is written over the remains.
-            let _ = current.file.set_len(start);
-            return Err(error);
-        }
+        local_file::write_at(&current.file, content, start)?;
         current.length += length;
         Ok(ContentLocation {
             segment: number,
@@ -173,30 +217,78 @@ impl Segments {
         Ok(bytes.into())
     }
 
-    /// The numbers and lengths of all segments that this process no longer appends to.
+    /// All segments that this process no longer appends to.
     ///
     /// # Errors
     /// Fails if the folder cannot be read.
-    pub(super) fn full(&self) -> io::Result<Vec<(u64, u64)>> {
-        let appended = self.lock();
-        let current = appended.current.as_ref().map(|_| appended.last);
-        // It is listed under the lock, so that no segment is begun meanwhile.
+    pub(super) fn full(&self) -> io::Result<Vec<FullSegment>> {
+        let mut appended = self.lock();
+        // They are listed under the lock, so that no segment is begun meanwhile.
         let mut full = self.list()?;
-        full.retain(|(number, _)| Some(*number) != current);
+        let last = appended.last;
+        if appended.current.is_some() {
+            let before = full.len();
+            full.retain(|segment| segment.number != last);
+            if full.len() == before {
+                // Somebody deleted it, so what is appended to it would be lost.
+                appended.current = None;
+            }
+        }
         Ok(full)
     }
 
-    /// Deletes a segment.
+    /// Gives the room of dead contents back to the disk, as far as the file system can do that. Returns how
+    /// many bytes are free now.
+    pub(super) fn free(&self, mut contents: Vec<ContentLocation>) -> u64 {
+        contents.sort_by_key(|content| (content.segment, content.start));
+        let neighbours = contents.chunk_by(|one, next| {
+            one.segment == next.segment && one.start.saturating_add(one.length) == next.start
+        });
+        let mut freed = 0;
+        for dead in neighbours {
+            let length = dead.iter().map(|content| content.length).sum();
+            let Some(first) = dead.first() else { continue };
+            match self.punch(first.segment, first.start, length) {
+                Ok(()) => freed += whole_blocks(first.start, length),
+                // The others would fail as well.
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => break,
+                // A compaction does it.
+                Err(_) => {}
+            }
+        }
+        freed
+    }
+
+    #[cfg(target_os = "linux")]
+    fn punch(&self, segment: u64, start: u64, length: u64) -> io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let file = File::options().write(true).open(self.path(segment))?;
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(&file, hole, start, length)?)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn punch(&self, _segment: u64, _start: u64, _length: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Deletes a segment, if it is there.
     ///
     /// # Errors
     /// An error of the disk.
     pub(super) fn delete(&self, number: u64) -> io::Result<()> {
         let path = self.path(number);
-        // The cache closes a file later, and a file that is open keeps its room on the disk.
-        File::options().write(true).open(&path)?.set_len(0)?;
-        self.open.invalidate(&number);
-        self.open.run_pending_tasks();
-        fs::remove_file(path)
+        let deleted = || {
+            // The cache closes a file later, and a file that is open keeps its room on the disk.
+            File::options().write(true).open(&path)?.set_len(0)?;
+            self.open.invalidate(&number);
+            self.open.run_pending_tasks();
+            fs::remove_file(&path)
+        };
+        match deleted() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            deleted => deleted,
+        }
     }
 
     /// Closes all files.
@@ -205,26 +297,66 @@ impl Segments {
         self.lock().current = None;
     }
 
-    fn list(&self) -> io::Result<Vec<(u64, u64)>> {
+    fn list(&self) -> io::Result<Vec<FullSegment>> {
+        let files = match fs::read_dir(&self.folder) {
+            // Somebody deleted it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            files => files?,
+        };
         let mut segments = Vec::new();
-        for file in fs::read_dir(&self.folder)? {
+        for file in files {
             let file = file?;
             let name = file.file_name();
             let number = name.to_str().and_then(|name| name.strip_suffix(SUFFIX));
-            if let Some(number) = number.and_then(|number| number.parse().ok()) {
-                segments.push((number, file.metadata()?.len()));
+            let number = number.and_then(|number| number.parse().ok());
+            // A file of another name is not a segment.
+            if let Some(number) = number
+                && number <= LAST
+                && name == segment_name(number).as_str()
+            {
+                let taken = taken(&file.metadata()?);
+                segments.push(FullSegment { number, taken });
             }
         }
         Ok(segments)
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.folder.join(format!("{number:010}{SUFFIX}"))
+        self.folder.join(segment_name(number))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Appended> {
         self.appended.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The highest number of a file that counts as a segment. No service gets there.
+const LAST: u64 = 1 << 48;
+
+/// The usual block of a file system, in bytes. It frees whole ones only.
+const BLOCK: u64 = 4096;
+
+/// The bytes of the blocks that lie as a whole within the `length` bytes from `start`.
+fn whole_blocks(start: u64, length: u64) -> u64 {
+    let end = start.saturating_add(length) / BLOCK;
+    end.saturating_sub(start.div_ceil(BLOCK)) * BLOCK
+}
+
+fn segment_name(number: u64) -> String {
+    format!("{number:010}{SUFFIX}")
+}
+
+/// What a file takes of the disk, in bytes: less than its length if it has holes. Some file systems keep more
+/// ready for it for a while, which does not count.
+#[cfg(unix)]
+fn taken(metadata: &fs::Metadata) -> u64 {
+    let blocks = std::os::unix::fs::MetadataExt::blocks(metadata);
+    metadata.len().min(blocks.saturating_mul(512))
+}
+
+#[cfg(not(unix))]
+fn taken(metadata: &fs::Metadata) -> u64 {
+    metadata.len()
 }
 
 impl Appended {
@@ -233,16 +365,11 @@ impl Appended {
         current.is_some_and(|current| current.length >= SEGMENT_SIZE)
     }
 
-    /// After an error nobody knows which bytes are on the disk, so nothing more is appended to the segment.
-    fn sync(&mut self) -> io::Result<()> {
-        let Some(current) = &self.current else {
-            return Ok(());
-        };
-        let synced = current.file.sync_data();
-        if synced.is_err() {
-            self.current = None;
+    fn sync(&self) -> io::Result<()> {
+        match &self.current {
+            Some(current) => current.file.sync_data(),
+            None => Ok(()),
         }
-        synced
     }
 }
 
@@ -270,7 +397,9 @@ mod tests {
         for (location, content) in first.iter().chain(&second).zip(contents.iter().cycle()) {
             assert_eq!(segments.read(*location).unwrap(), content);
         }
-        assert_eq!(segments.full().unwrap(), [(1, 20_003)]);
+        let full = segments.full().unwrap();
+        assert_eq!(full.len(), 1);
+        assert_eq!((full[0].number, full[0].taken), (1, 20_003));
     }
 
     #[test]
@@ -283,7 +412,12 @@ mod tests {
             .unwrap();
         let numbers: Vec<u64> = locations.iter().map(|location| location.segment).collect();
         assert_eq!(numbers, [1, 1, 2]);
-        assert_eq!(segments.full().unwrap(), [(1, SEGMENT_SIZE)]);
+        let first = FullSegment {
+            number: 1,
+            taken: SEGMENT_SIZE,
+        };
+        assert_eq!(segments.full().unwrap(), [first]);
+        segments.delete(1).unwrap();
         segments.delete(1).unwrap();
         assert!(is_missing(&segments.read(locations[0]).unwrap_err()));
         assert!(segments.read(locations[2]).is_ok());
@@ -325,5 +459,76 @@ mod tests {
         assert_eq!(after[0].start, 10);
         assert_eq!(segments.read(before[0]).unwrap(), content(10, 1));
         assert_eq!(segments.read(after[0]).unwrap(), content(10, 3));
+    }
+
+    #[test]
+    fn contents_that_could_not_all_be_appended_leave_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let segments = Segments::open(folder.path()).unwrap();
+        segments.append(&[content(10, 1)]).unwrap();
+        // The third is in a segment that cannot be made.
+        fs::create_dir(folder.path().join(segment_name(2))).unwrap();
+        let large = content(SEGMENT_SIZE as usize, 2);
+        let error = segments
+            .append(&[content(20, 2), large.clone(), content(30, 2)])
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        let first = fs::metadata(folder.path().join(segment_name(1))).unwrap();
+        assert_eq!(first.len(), 10);
+        let after = segments.append(&[content(30, 3)]).unwrap();
+        assert_eq!((after[0].segment, after[0].start), (3, 0));
+        assert_eq!(segments.read(after[0]).unwrap(), content(30, 3));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_room_of_dead_contents_is_free_at_once_and_their_neighbours_stay_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let segments = Segments::open(folder.path()).unwrap();
+        let contents: Vec<Bytes> = (0..200).map(|of| content(20_000, of)).collect();
+        let located = segments.append(&contents).unwrap();
+        // The first fills the segment, the second begins the next one.
+        let others = [content(SEGMENT_SIZE as usize, 0), content(1, 0)];
+        segments.append(&others).unwrap();
+        let before = segments.full().unwrap()[0].taken;
+        let is_dead = |number: &usize| number % 10 < 5;
+        let numbers = || 0..located.len();
+        let dead: Vec<_> = numbers()
+            .filter(is_dead)
+            .map(|number| located[number])
+            .collect();
+        let freed = segments.free(dead.into_iter().rev().collect());
+        assert!(
+            freed > 90 * 20_000 && freed <= 100 * 20_000,
+            "{freed} of {before}"
+        );
+        let taken = segments.full().unwrap()[0].taken;
+        // It was not a whole number of blocks before.
+        assert!(
+            taken < before - freed + 2 * BLOCK,
+            "{before} {freed} {taken}"
+        );
+        for number in numbers().filter(|number| !is_dead(number)) {
+            assert_eq!(segments.read(located[number]).unwrap(), contents[number]);
+        }
+    }
+
+    #[test]
+    fn files_of_other_names_are_no_segments_and_a_folder_that_is_gone_is_made_again() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("contents");
+        let segments = Segments::open(&folder).unwrap();
+        segments.append(&[content(10, 1)]).unwrap();
+        for name in ["7.segment", "18446744073709551615.segment", "x.segment"] {
+            fs::write(folder.join(name), "x").unwrap();
+        }
+        assert_eq!(segments.full().unwrap(), []);
+        let again = Segments::open(&folder).unwrap();
+        assert_eq!(again.append(&[content(10, 2)]).unwrap()[0].segment, 2);
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(segments.full().unwrap(), []);
+        let after = segments.append(&[content(10, 3)]).unwrap();
+        assert_eq!((after[0].segment, after[0].start), (2, 0));
+        assert!(folder.join(segment_name(2)).exists());
     }
 }

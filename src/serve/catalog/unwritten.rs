@@ -3,6 +3,7 @@
 //! Through sqlx each statement crosses to SQLite's thread and back, which costs more than the statement.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use crate::cache_protocol::store::{Entry, EntryName, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::commit::CommittedUpload;
-use crate::serve::catalog::connections::pragmas;
+use crate::serve::catalog::connections::{BEGIN_LOG_AGAIN, pragmas};
 use crate::serve::catalog::rows::{encode, milliseconds, number};
 use crate::serve::catalog::segments::ContentLocation;
 use crate::serve::catalog::upload_parts::SmallPart;
@@ -67,6 +68,9 @@ impl Catalog {
             // Others write to the database while this waits for the disk.
             let locations = sqlite.segments.append(&contents)?;
             let _turn = sqlite.turn.blocking_lock();
+            if sqlite.has_little_room.load(Ordering::Relaxed) {
+                sqlite.batch_writer.begin_log_again()?;
+            }
             sqlite.batch_writer.commit(&commits, locations)
         });
         done.await.map_err(|error| sqlx::Error::Io(error.into()))?
@@ -112,6 +116,14 @@ impl BatchWriter {
         drop(statements);
         transaction.commit().map_err(told)?;
         Ok(committed)
+    }
+
+    fn begin_log_again(&self) -> Result<(), sqlx::Error> {
+        let connection = self.lock();
+        let connection = connection.as_ref().ok_or(sqlx::Error::PoolClosed)?;
+        connection
+            .query_row(BEGIN_LOG_AGAIN, [], |_| Ok(()))
+            .map_err(told)
     }
 
     /// Closes the connection.

@@ -11,7 +11,7 @@ use crate::clock::Timestamp;
 use crate::serve::blob_store::WrittenBlob;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::insert_contents;
-use crate::serve::catalog::garbage::{discard_part, mark_garbage};
+use crate::serve::catalog::garbage::{Discarded, discard_part, mark_garbage};
 use crate::serve::catalog::rows::{encode, milliseconds, number, received, unsigned};
 
 /// A part that is about to be written.
@@ -182,12 +182,15 @@ impl Catalog {
             .fetch_all(&mut *transaction)
             .await?;
         let mut replaced = 0;
+        let mut discarded = Discarded::at(now);
         for row in older {
             let size: Option<i64> = row.try_get("size")?;
             replaced += size.map_or(0, |size| u64::try_from(size).unwrap_or(0));
-            discard_part(&mut transaction, &row, now).await?;
+            discard_part(&mut transaction, &row, &mut discarded).await?;
         }
         transaction.commit().await?;
+        drop(connection);
+        self.free(discarded).await;
         Ok(replaced)
     }
 

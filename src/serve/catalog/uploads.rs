@@ -7,7 +7,7 @@ use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::insert_contents;
-use crate::serve::catalog::garbage::{discard_part, discard_parts_of};
+use crate::serve::catalog::garbage::{Discarded, discard_part, discard_parts_of};
 use crate::serve::catalog::rows::{entry_name, in_steps, milliseconds, number, unsigned};
 use crate::serve::catalog::upload_parts::SmallPart;
 
@@ -66,11 +66,15 @@ impl Catalog {
         let Some(given_up) = given_up else {
             return Err(StoreError::AlreadyExists);
         };
-        discard_parts_of(&mut transaction, UploadId(unsigned(&given_up, "id")?), now).await?;
+        let mut discarded = Discarded::at(now);
+        let given_up = UploadId(unsigned(&given_up, "id")?);
+        discard_parts_of(&mut transaction, given_up, &mut discarded).await?;
         let upload = insert_upload(&mut *transaction, name, now)
             .await?
             .ok_or(StoreError::AlreadyExists)?;
         transaction.commit().await?;
+        drop(writer);
+        self.free(discarded).await;
         Ok(upload)
     }
 
@@ -234,6 +238,7 @@ impl Catalog {
     /// An error of the database.
     pub async fn abandon(&self, abandoned: Timestamp, now: Timestamp) -> Result<u64, StoreError> {
         let mut count = 0;
+        let mut discarded = Discarded::at(now);
         let mut writer = self.writer().await?;
         let mut transaction = writer.begin().await?;
         let uploads = sqlx::query(
@@ -245,7 +250,8 @@ impl Catalog {
         .await?;
         for row in uploads {
             count += 1;
-            discard_parts_of(&mut transaction, UploadId(unsigned(&row, "id")?), now).await?;
+            let upload = UploadId(unsigned(&row, "id")?);
+            discard_parts_of(&mut transaction, upload, &mut discarded).await?;
         }
         // These parts were begun at the moment when their upload was committed, and their writer
         // was killed then.
@@ -257,9 +263,11 @@ impl Catalog {
         .fetch_all(&mut *transaction)
         .await?;
         for row in parts {
-            discard_part(&mut transaction, &row, now).await?;
+            discard_part(&mut transaction, &row, &mut discarded).await?;
         }
         transaction.commit().await?;
+        drop(writer);
+        self.free(discarded).await;
         Ok(count)
     }
 }

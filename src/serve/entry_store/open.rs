@@ -91,7 +91,7 @@ impl EntryStore {
                 }
             }
         }
-        let catalog = open_catalog(storage).await?;
+        let (catalog, was_full) = open_catalog(storage).await?;
         for folder in private_folders(storage) {
             private_files::keep_name(folder).map_err(at(folder))?;
         }
@@ -135,20 +135,21 @@ impl EntryStore {
         let store = Self {
             inner: Arc::new(inner),
         };
-        store.recover().await?;
+        store.recover(was_full).await?;
         Ok(store)
     }
 
     /// Checks the storage, and removes the unfinished parts of an earlier service that was killed.
-    /// A full disk is no reason not to start: only a service that runs makes room.
-    async fn recover(&self) -> Result<(), OpenError> {
+    /// A full disk is no reason not to start: only a service that runs makes room. It `was_full` if the
+    /// database could not be opened without the reserve's room.
+    async fn recover(&self, was_full: bool) -> Result<(), OpenError> {
         let StoreInner { catalog, blobs, .. } = &*self.inner;
         let name = uuid::Uuid::new_v4().simple().to_string();
         let mut full = match blobs.check(&name).await {
             Err(error) if reserved_space::is_full(&error) => true,
             checked => {
                 checked?;
-                false
+                was_full
             }
         };
         if self.inner.lock.is_some() {
@@ -169,14 +170,14 @@ impl EntryStore {
     }
 }
 
-/// Opens the database, with the reserve's room if the disk is full.
-async fn open_catalog(storage: &StorageConfig) -> Result<Catalog, sqlx::Error> {
+/// Opens the database, with the reserve's room if the disk is full: in that case with `true`.
+async fn open_catalog(storage: &StorageConfig) -> Result<(Catalog, bool), sqlx::Error> {
     match (Catalog::open(&storage.database).await, &storage.reserve) {
         (Err(error), Some(reserve)) if reserved_space::is_full(&error) => {
             reserved_space::give_up(reserve);
-            Catalog::open(&storage.database).await
+            Ok((Catalog::open(&storage.database).await?, true))
         }
-        (opened, _) => opened,
+        (opened, _) => Ok((opened?, false)),
     }
 }
 

@@ -241,15 +241,17 @@ impl Store for EntryStore {
 
     async fn mark_missing(&self, entry: EntryId) {
         self.inner.parts.invalidate(&entry);
-        warn!(
-            %entry,
-            "the content of an entry is gone or changed; the entry is dropped"
-        );
         let now = self.inner.time.now();
-        let forgotten = self.inner.catalog.remove_entry(entry, now).await;
+        let removed = self.inner.catalog.remove_entry(entry, now).await;
         self.invalidate_lookups();
-        if let Err(error) = forgotten {
-            error!(cause = error.cause(), "cannot drop an entry");
+        match removed {
+            Ok(true) => warn!(
+                %entry,
+                "the content of an entry was gone or changed; the entry is dropped"
+            ),
+            // It was evicted while it was read.
+            Ok(false) => {}
+            Err(error) => error!(cause = error.cause(), "cannot drop an entry"),
         }
     }
 }

@@ -7,7 +7,7 @@ use tracing::{error, info};
 
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
-use crate::serve::catalog::{Compaction, Moments};
+use crate::serve::catalog::{Compaction, Moments, Removed};
 use crate::serve::entry_store::uses::RECORD_USES_EVERY;
 use crate::serve::entry_store::{EntryStore, StoreInner};
 use crate::serve::reserved_space::{self, RESERVE};
@@ -16,10 +16,14 @@ use crate::serve::shared_fetch;
 /// How long a blob stays that no entry has any more: a client may be reading it.
 const GARBAGE_STAYS: Duration = Duration::from_secs(5 * 60);
 
-/// How much of a segment of small contents is dead when a sweep empties it, as a percentage. So the segments
-/// take at most half as much again as the contents in them. A content is rarely copied: the oldest segments
-/// die as a whole.
+/// How much of a segment of small contents is dead when a sweep empties it, as a percentage of what it takes
+/// of the disk. After a sweep the segments take at most about half as much again as the contents in them. A
+/// content is rarely copied: the oldest segments die as a whole, and Linux frees the room of dead contents
+/// itself.
 const DEAD_PERCENT: u64 = 34;
+
+/// How much room a sweep of a full disk makes before all else, in bytes.
+const FIRST_ROOM: u64 = 4 * RESERVE;
 
 /// An eviction removes this fraction of the limit in addition (1/20), so that not each upload
 /// evicts.
@@ -93,7 +97,9 @@ impl EntryStore {
         let mut sweep = SweepReport::default();
         if urgency == Urgency::Full {
             // This comes before any write, since there may be no room for one.
+            catalog.compact(Compaction::DEAD).await?;
             sweep.deleted = self.delete_garbage(Timestamp::MAX).await?;
+            sweep.evicted = self.make_first_room().await?;
         }
         self.inner.received.store(0, Ordering::Relaxed);
         // Recently used entries must not go first.
@@ -116,18 +122,38 @@ impl EntryStore {
         self.inner.finished.store(ended, Ordering::Relaxed);
         let evicted = self.evict(urgency, now).await;
         self.invalidate_lookups_after(&evicted);
-        sweep.evicted = evicted?;
+        sweep.evicted += evicted?;
         let until = match urgency {
             Urgency::Usual => now - GARBAGE_STAYS,
             Urgency::Full => Timestamp::MAX,
         };
         sweep.deleted += self.delete_garbage(until).await?;
-        if urgency == Urgency::Full {
-            // A segment is emptied with the room that this makes.
-            catalog.give_back().await?;
-        }
-        catalog.compact(urgency.compaction()).await?;
+        let compaction = Compaction {
+            dead_percent: DEAD_PERCENT,
+            enough: u64::MAX,
+        };
+        catalog.compact(compaction).await?;
         Ok(sweep)
+    }
+
+    /// Makes some room on a full disk, with as little as there is. Returns how many entries it evicted.
+    async fn make_first_room(&self) -> Result<u64, StoreError> {
+        let catalog = &self.inner.catalog;
+        let _little_room = catalog.with_little_room();
+        let now = self.moments().now;
+        let sizes = catalog.repositories().await?;
+        let evicted = self.evict_bytes(&sizes, FIRST_ROOM, now).await;
+        self.invalidate_lookups_after(&evicted.as_ref().map(|evicted| evicted.count));
+        let evicted = evicted?;
+        self.delete_garbage(Timestamp::MAX).await?;
+        catalog.give_back().await?;
+        // Where the file system frees no room within files.
+        let compaction = Compaction {
+            dead_percent: 1,
+            enough: FIRST_ROOM.saturating_sub(evicted.freed),
+        };
+        catalog.compact(compaction).await?;
+        Ok(evicted.count)
     }
 
     /// So many entries are gone; after an error some may be.
@@ -170,15 +196,30 @@ impl EntryStore {
             _ => 0,
         };
         if urgency == Urgency::Full {
-            too_much = too_much.max(all / EVICT_AHEAD).max(4 * RESERVE);
+            too_much = too_much.max((all / EVICT_AHEAD).saturating_sub(FIRST_ROOM));
         }
         if too_much == 0 {
             return Ok(evicted);
         }
-        for (repository, bytes) in shared_fetch::to_evict(&sizes, too_much) {
-            evicted += catalog.evict(&repository, bytes, now).await?.count;
+        let more = self.evict_bytes(&sizes, too_much, now).await?;
+        Ok(evicted + more.count)
+    }
+
+    /// Evicts so many bytes of entries, of the largest repositories first, whose `sizes` these are.
+    async fn evict_bytes(
+        &self,
+        sizes: &[(String, u64)],
+        bytes: u64,
+        now: Timestamp,
+    ) -> Result<Removed, StoreError> {
+        let mut removed = Removed::default();
+        for (repository, bytes) in shared_fetch::to_evict(sizes, bytes) {
+            let more = self.inner.catalog.evict(&repository, bytes, now).await?;
+            removed.count += more.count;
+            removed.bytes += more.bytes;
+            removed.freed += more.freed;
         }
-        Ok(evicted)
+        Ok(removed)
     }
 
     /// Deletes blobs that are garbage since `until` or before.
@@ -203,19 +244,4 @@ pub(super) enum Urgency {
     Usual,
     /// The disk is full.
     Full,
-}
-
-impl Urgency {
-    fn compaction(self) -> Compaction {
-        match self {
-            Self::Usual => Compaction {
-                dead_percent: DEAD_PERCENT,
-                enough: u64::MAX,
-            },
-            Self::Full => Compaction {
-                dead_percent: 1,
-                enough: 4 * RESERVE,
-            },
-        }
-    }
 }
