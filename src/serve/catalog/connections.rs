@@ -72,14 +72,12 @@ impl Catalog {
     async fn open_sqlite(path: &Path) -> Result<Self, sqlx::Error> {
         let url = sqlite_url(path);
         let pragmas = pragmas();
-        // This allows giving free pages back to the disk. It writes to the file, so only one
-        // connection sets it.
-        let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
         // A pool would try again and again, and say nothing of why.
         let mut connection = AnyConnection::connect(&url).await?;
-        connection
-            .execute(sqlx::AssertSqlSafe(first.clone()))
-            .await?;
+        // This allows giving free pages back to the disk. It writes to the file, so the connections that
+        // are opened on a full disk do without it.
+        let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
+        connection.execute(sqlx::AssertSqlSafe(first)).await?;
         let open = |connections, pragmas: &str| {
             let pragmas = pragmas.to_owned();
             options()
@@ -100,7 +98,7 @@ impl Catalog {
                 })
                 .connect(&url)
         };
-        let write = open(1, &first).await?;
+        let write = open(1, &pragmas).await?;
         let read = open(CONNECTIONS, &pragmas).await?;
         let quick = open(QUICK_CONNECTIONS, &pragmas).await?;
         // Not before: the last connection to be closed removes SQLite's log, and a full disk has no room for
