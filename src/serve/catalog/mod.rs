@@ -13,7 +13,8 @@
 //!
 //! A blob has a row before it has a byte, and until it is deleted: whenever a process is killed, no
 //! blob is left without a row. Committing is one transaction, so an entry is there as a whole or
-//! not at all. In SQLite commits that come at once share one transaction and one wait for the disk.
+//! not at all. In SQLite commits of small entries that come at once share one transaction and one
+//! wait for the disk.
 //!
 //! Times are those of the store's own clock, which runs only while a service is up and is recorded
 //! in `settings`: a machine's wrong clock makes nothing old.

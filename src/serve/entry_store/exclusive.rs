@@ -89,7 +89,8 @@ impl ExclusiveState {
     }
 }
 
-/// How many commits are in SQLite's log that are not in the database.
+/// How many commits of small entries were written to SQLite's log since it was last written back into the
+/// database. What else is written there is little.
 #[derive(Clone, Default)]
 struct WalTracker {
     commits: Arc<AtomicU64>,
