@@ -1141,7 +1141,6 @@ async fn change_postgres(place: &Place, statements: &[&str]) {
 async fn a_store_of_an_older_version_is_read_and_written_on() {
     // A service that had small contents in their rows, one before that, and one before there were digests.
     let to_3 = [
-        "DROP INDEX IF EXISTS contents_of_segment",
         "ALTER TABLE contents DROP COLUMN segment",
         "ALTER TABLE contents DROP COLUMN start",
         "ALTER TABLE contents DROP COLUMN length",

@@ -12,12 +12,18 @@ use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, stored_location};
-use crate::serve::catalog::rows::{number, unsigned};
+use crate::serve::catalog::rows::{number, placeholders, unsigned};
 use crate::serve::catalog::segments::{ContentLocation, FullSegment, Segments};
 use crate::serve::reserved_space::is_full;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
 const MOVED_AT_ONCE: usize = 64;
+
+/// How many segments are emptied with one reading of the table.
+const READ_AT_ONCE: usize = 64;
+
+/// A content, and where it lies.
+type Located = (BlobId, ContentLocation);
 
 /// Which segments a compaction empties. It deletes all that are dead as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +57,8 @@ impl Catalog {
         if !sqlite.has_new_garbage.load(Ordering::Relaxed) {
             return Ok(0);
         }
-        if compaction != Compaction::DEAD {
+        // One that may end early leaves some.
+        if compaction.enough == u64::MAX {
             sqlite.has_new_garbage.store(false, Ordering::Relaxed);
         }
         let compacted = self.compact_segments(segments, compaction).await;
@@ -69,11 +76,13 @@ impl Catalog {
         let full = blocking(segments, |segments| segments.full()).await?;
         // Nobody appends to these any more. Once each content in them has its row, they get no new rows.
         drop(segments.all_named().await);
+        // A transaction whose request is gone may still end in this connection.
+        drop(self.writer().await?);
         let live = self.live_bytes().await?;
         let (mut freed, mut mostly_dead) = (0, Vec::new());
         for segment in full {
             let Some(live) = live.get(&segment.number) else {
-                freed += self.delete_dead(segments, segment).await?;
+                freed += delete(segments, segment).await;
                 continue;
             };
             let dead = segment.taken.saturating_sub(*live);
@@ -82,23 +91,30 @@ impl Catalog {
             }
         }
         mostly_dead.sort_by_key(|(dead, segment)| (Reverse(*dead), segment.number));
-        for (dead, segment) in mostly_dead {
-            if freed >= compaction.enough {
-                break;
-            }
-            if let Err(error) = self.empty(segments, segment.number).await {
-                if is_full(&error) {
-                    return Err(error);
+        if freed >= compaction.enough {
+            return Ok(freed);
+        }
+        for mostly_dead in mostly_dead.chunks(READ_AT_ONCE) {
+            let numbers = mostly_dead.iter().map(|(_, segment)| segment.number);
+            let mut located = self.located(&numbers.collect::<Vec<_>>()).await?;
+            for (dead, segment) in mostly_dead {
+                let located = located.remove(&segment.number).unwrap_or_default();
+                match self.empty(segments, &located).await {
+                    // At once, since on a full disk the next one needs its room.
+                    Ok(true) => {
+                        let taken = *dead;
+                        let emptied = FullSegment { taken, ..*segment };
+                        freed += delete(segments, emptied).await;
+                    }
+                    // The next job that asks for what is missing is told so, and its entry goes.
+                    Ok(false) => {}
+                    Err(error) if is_full(&error) => return Err(error),
+                    Err(error) => cannot_free(*segment, error.cause()),
                 }
-                cannot_free(segment, error.cause());
-                continue;
+                if freed >= compaction.enough {
+                    return Ok(freed);
+                }
             }
-            // At once, since on a full disk the next one needs its room.
-            let emptied = FullSegment {
-                taken: dead,
-                ..segment
-            };
-            freed += self.delete_dead(segments, emptied).await?;
         }
         Ok(freed)
     }
@@ -116,31 +132,45 @@ impl Catalog {
             .collect()
     }
 
-    /// Moves the contents of `segment`, as far as they can be read.
-    async fn empty(&self, segments: &Arc<Segments>, segment: u64) -> Result<(), StoreError> {
-        let rows = sqlx::query(
-            "SELECT blob, segment, start, length FROM contents WHERE segment = $1 ORDER BY blob",
-        )
-        .bind(number(segment))
-        .fetch_all(&self.read)
-        .await?;
-        let mut located = Vec::with_capacity(rows.len());
-        for row in &rows {
-            if let Some(location) = stored_location(row)? {
-                located.push((BlobId(unsigned(row, "blob")?), location));
+    /// The contents in these segments. It reads the whole table, since an index would cost each commit more
+    /// than this costs a compaction.
+    async fn located(&self, segments: &[u64]) -> Result<HashMap<u64, Vec<Located>>, sqlx::Error> {
+        let query = format!(
+            "SELECT blob, segment, start, length FROM contents WHERE segment IN {}",
+            placeholders(1, segments.len())
+        );
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(query));
+        for segment in segments {
+            query = query.bind(number(*segment));
+        }
+        let mut located: HashMap<u64, Vec<Located>> = HashMap::new();
+        for row in query.fetch_all(&self.read).await? {
+            if let Some(location) = stored_location(&row)? {
+                let content = (BlobId(unsigned(&row, "blob")?), location);
+                located.entry(location.segment).or_default().push(content);
             }
         }
+        Ok(located)
+    }
+
+    /// Moves the contents of a segment, as far as they can be read. `false` if some could not.
+    async fn empty(
+        &self,
+        segments: &Arc<Segments>,
+        located: &[Located],
+    ) -> Result<bool, StoreError> {
+        let mut moved = 0;
         for located in located.chunks(MOVED_AT_ONCE) {
-            self.copy(segments, located).await?;
+            moved += self.copy(segments, located).await?;
         }
-        Ok(())
+        Ok(moved == located.len())
     }
 
     async fn copy(
         &self,
         segments: &Arc<Segments>,
-        located: &[(BlobId, ContentLocation)],
-    ) -> Result<(), StoreError> {
+        located: &[Located],
+    ) -> Result<usize, StoreError> {
         let _unnamed = segments.unnamed().await;
         let mut writer = self.writer().await?;
         let (blobs, locations): (Vec<BlobId>, Vec<ContentLocation>) =
@@ -154,7 +184,6 @@ impl Catalog {
                         found.push((blob, location));
                         contents.push(content);
                     }
-                    // The next job that asks for it is told so, and the entry goes.
                     Err(error) if is_missing(&error) => {}
                     Err(error) => return Err(error),
                 }
@@ -163,6 +192,7 @@ impl Catalog {
             Ok(found.into_iter().zip(new).collect::<Vec<_>>())
         });
         let moved = moved.await?;
+        let count = moved.len();
         let mut transaction = writer.begin().await?;
         for ((blob, old), new) in moved {
             // The row of a content that was deleted meanwhile is not there.
@@ -177,34 +207,18 @@ impl Catalog {
             .await?;
         }
         transaction.commit().await?;
-        Ok(())
+        Ok(count)
     }
+}
 
-    /// Deletes a segment, unless a row names it after all. Returns how many bytes of the disk are free now.
-    async fn delete_dead(
-        &self,
-        segments: &Arc<Segments>,
-        segment: FullSegment,
-    ) -> Result<u64, StoreError> {
-        // A transaction whose request is gone may still end in this connection.
-        let mut writer = self.writer().await?;
-        let named = sqlx::query(
-            "SELECT CAST(EXISTS (SELECT 1 FROM contents WHERE segment = $1) AS BIGINT) AS named",
-        )
-        .bind(number(segment.number))
-        .fetch_one(&mut *writer)
-        .await?;
-        drop(writer);
-        if unsigned(&named, "named")? != 0 {
-            return Ok(0);
-        }
-        let deleted = blocking(segments, move |segments| segments.delete(segment.number));
-        match deleted.await {
-            Ok(()) => Ok(segment.taken),
-            Err(error) => {
-                cannot_free(segment, error);
-                Ok(0)
-            }
+/// Deletes a segment that no row names. Returns how many bytes of the disk are free now.
+async fn delete(segments: &Arc<Segments>, segment: FullSegment) -> u64 {
+    let deleted = blocking(segments, move |segments| segments.delete(segment.number));
+    match deleted.await {
+        Ok(()) => segment.taken,
+        Err(error) => {
+            cannot_free(segment, error);
+            0
         }
     }
 }

@@ -65,10 +65,6 @@ pub(super) fn schema(dialect: Dialect) -> Vec<String> {
     ]
 }
 
-/// For compactions. A row costs little, since the newest contents are in the newest segment.
-const CONTENTS_OF_SEGMENT: &str = "CREATE INDEX IF NOT EXISTS contents_of_segment \
-     ON contents (segment, length) WHERE segment IS NOT NULL";
-
 /// The number of the schema above. A database of a later schema is refused.
 const SCHEMA: &str = "4";
 
@@ -123,10 +119,6 @@ impl Catalog {
         if version != SCHEMA {
             let message = format!("the database is of version {version}, this service of {SCHEMA}");
             return Err(sqlx::Error::Configuration(message.into()));
-        }
-        if self.sqlite.is_some() {
-            // The contents of an older version have no such column before the upgrade.
-            prepare(&self.write, &[CONTENTS_OF_SEGMENT.to_owned()]).await?;
         }
         Ok(())
     }
