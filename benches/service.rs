@@ -71,7 +71,7 @@ struct Options {
     #[arg(long, default_value_t = 4.0, value_name = "GIB")]
     large: f64,
     /// How often small entries and connections are measured
-    #[arg(long, default_value_t = 3, value_name = "N")]
+    #[arg(long, default_value_t = 7, value_name = "N")]
     rounds: usize,
     /// How often the large entry is measured
     #[arg(long, default_value_t = 1, value_name = "N")]

@@ -123,9 +123,11 @@ impl Segments {
     pub(super) fn append(&self, contents: &[Bytes]) -> io::Result<Vec<ContentLocation>> {
         let mut appended = self.lock();
         let (before, last) = (appended.current.clone(), appended.last);
-        self.append_all(&mut appended, contents).map_err(|error| {
-            for number in last + 1..=appended.last {
-                // One that was not begun, or that cannot be deleted now, is deleted by a compaction.
+        let mut begun = Vec::new();
+        let located = self.append_all(&mut appended, contents, &mut begun);
+        located.map_err(|error| {
+            for number in begun {
+                // If this fails, a compaction does it.
                 let _ = self.delete(number);
             }
             if let Some(before) = &before {
@@ -149,6 +151,7 @@ impl Segments {
         &self,
         appended: &mut Appended,
         contents: &[Bytes],
+        begun: &mut Vec<u64>,
     ) -> Result<Vec<ContentLocation>, AppendError> {
         let mut locations = Vec::with_capacity(contents.len());
         for content in contents {
@@ -156,27 +159,14 @@ impl Segments {
                 appended.sync().map_err(AppendError::Sync)?;
                 appended.current = None;
             }
-            let location = self.append_one(appended, content);
+            if appended.current.is_none() {
+                begun.push(self.begin(appended).map_err(AppendError::Write)?);
+            }
+            let location = append_one(appended, content);
             locations.push(location.map_err(AppendError::Write)?);
         }
         appended.sync().map_err(AppendError::Sync)?;
         Ok(locations)
-    }
-
-    fn append_one(&self, appended: &mut Appended, content: &[u8]) -> io::Result<ContentLocation> {
-        let number = match &appended.current {
-            Some(_) => appended.last,
-            None => self.begin(appended)?,
-        };
-        let current = appended.current.as_mut().ok_or(io::ErrorKind::NotFound)?;
-        let (start, length) = (current.length, content.len() as u64);
-        local_file::write_at(&current.file, content, start)?;
-        current.length += length;
-        Ok(ContentLocation {
-            segment: number,
-            start,
-            length,
-        })
     }
 
     /// Makes a segment. Its name is on the disk when this returns.
@@ -240,6 +230,8 @@ impl Segments {
     /// Gives the room of dead contents back to the disk, as far as the file system can do that. Returns how
     /// many bytes are free now.
     pub(super) fn free(&self, mut contents: Vec<ContentLocation>) -> u64 {
+        // The row may be damaged.
+        contents.retain(|content| content.length <= SEGMENT_SIZE);
         contents.sort_by_key(|content| (content.segment, content.start));
         let neighbours = contents.chunk_by(|one, next| {
             one.segment == next.segment && one.start.saturating_add(one.length) == next.start
@@ -328,6 +320,19 @@ impl Segments {
     fn lock(&self) -> std::sync::MutexGuard<'_, Appended> {
         self.appended.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn append_one(appended: &mut Appended, content: &[u8]) -> io::Result<ContentLocation> {
+    let segment = appended.last;
+    let current = appended.current.as_mut().ok_or(io::ErrorKind::NotFound)?;
+    let (start, length) = (current.length, content.len() as u64);
+    local_file::write_at(&current.file, content, start)?;
+    current.length += length;
+    Ok(ContentLocation {
+        segment,
+        start,
+        length,
+    })
 }
 
 /// The highest number of a file that counts as a segment. No service gets there.
