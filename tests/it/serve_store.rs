@@ -1184,6 +1184,9 @@ async fn a_store_of_an_older_version_is_read_and_written_on() {
                 // A part without digests, as the first version had them.
                 statements.extend((version == "1").then_some(bare_in_sqlite));
                 statements.extend((version == "3").then_some(in_row));
+                if version == "1" {
+                    statements.extend(["PRAGMA auto_vacuum = NONE", "VACUUM"]);
+                }
                 change_sqlite(&place, &statements).await;
             } else {
                 statements.extend((version == "1").then_some(bare));
@@ -1217,6 +1220,16 @@ async fn a_store_of_an_older_version_is_read_and_written_on() {
                 .mark_missing(find(&store, &small).await.unwrap().id)
                 .await;
             store.close().await;
+            if let Database::Sqlite(path) = &place.storage.database {
+                use sqlx::{Connection, SqliteConnection};
+                let url = format!("sqlite:{}", path.display());
+                let mut connection = SqliteConnection::connect(&url).await.unwrap();
+                let vacuum: i64 = sqlx::query_scalar("PRAGMA auto_vacuum")
+                    .fetch_one(&mut connection)
+                    .await
+                    .unwrap();
+                assert_eq!(vacuum, 2, "it gives free pages back, {version}");
+            }
         }
     }
 }

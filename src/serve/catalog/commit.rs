@@ -52,7 +52,7 @@ impl Catalog {
             // written.
             Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
         };
-        let mut discarded = Discarded::at(commit.moments.now);
+        let mut discarded = self.discarding(commit.moments.now);
         match commit_upload(&mut transaction, commit, &mut discarded).await {
             Ok(committed) => {
                 transaction.commit().await?;
@@ -61,7 +61,8 @@ impl Catalog {
                 Ok(committed)
             }
             Err(error) => {
-                transaction.rollback().await?;
+                // If SQLite has ended it by itself, this fails, and the connection is not used again.
+                let _ = transaction.rollback().await;
                 Err(error)
             }
         }

@@ -10,10 +10,10 @@ use tracing::warn;
 use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::cache_protocol::store::StoreError;
-use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, stored_location};
 use crate::serve::catalog::rows::{number, placeholders, unsigned};
 use crate::serve::catalog::segments::{ContentLocation, FullSegment, Segments};
+use crate::serve::catalog::{Catalog, SqliteState};
 use crate::serve::reserved_space::is_full;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
@@ -45,7 +45,7 @@ impl Compaction {
 impl Catalog {
     /// Moves the contents out of segments that are mostly dead, and deletes these segments, unless no small
     /// content was discarded since the last time. Returns how many bytes of the disk it freed. A segment
-    /// that cannot be emptied or deleted stays, with a warning.
+    /// stays if it cannot be deleted or not all of it can be read.
     ///
     /// # Errors
     /// An error of the database, and of a full disk. The next compaction does the rest.
@@ -54,18 +54,16 @@ impl Catalog {
             return Ok(0);
         };
         let segments = &sqlite.segments;
-        if !sqlite.has_new_garbage.load(Ordering::Relaxed) {
+        if !sqlite.has_new_garbage.swap(false, Ordering::Relaxed) {
             return Ok(0);
         }
+        let mut left = GarbageLeft(Some(sqlite.clone()));
+        let freed = self.compact_segments(segments, compaction).await?;
         // One that may end early leaves some.
         if compaction.enough == u64::MAX {
-            sqlite.has_new_garbage.store(false, Ordering::Relaxed);
+            left.0 = None;
         }
-        let compacted = self.compact_segments(segments, compaction).await;
-        if compacted.is_err() {
-            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
-        }
-        compacted
+        Ok(freed)
     }
 
     async fn compact_segments(
@@ -132,8 +130,8 @@ impl Catalog {
             .collect()
     }
 
-    /// The contents in these segments. It reads the whole table, since an index would cost each commit more
-    /// than this costs a compaction.
+    /// The contents in these segments. It reads the whole table: an index would make each commit slower, and
+    /// segments are rarely emptied.
     async fn located(&self, segments: &[u64]) -> Result<HashMap<u64, Vec<Located>>, sqlx::Error> {
         let query = format!(
             "SELECT blob, segment, start, length FROM contents WHERE segment IN {}",
@@ -208,6 +206,17 @@ impl Catalog {
         }
         transaction.commit().await?;
         Ok(count)
+    }
+}
+
+/// A compaction that does not do all. The next one has something to do, also if this one is cancelled.
+struct GarbageLeft(Option<Arc<SqliteState>>);
+
+impl Drop for GarbageLeft {
+    fn drop(&mut self) {
+        if let Some(sqlite) = &self.0 {
+            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+        }
     }
 }
 

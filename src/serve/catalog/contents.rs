@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use sqlx::any::AnyRow;
@@ -10,9 +11,9 @@ use tokio::sync::OwnedRwLockReadGuard;
 
 use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
-use crate::serve::catalog::Catalog;
 use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
 use crate::serve::catalog::segments::{ContentLocation, Segments};
+use crate::serve::catalog::{Catalog, SqliteState};
 
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
@@ -21,7 +22,24 @@ pub(super) const ATTEMPTS: usize = 3;
 #[derive(Debug)]
 pub(super) struct NewContents {
     rows: Vec<ContentRow>,
+    /// In a segment they are dead unless their rows are written.
+    sqlite: Option<Arc<SqliteState>>,
     _unnamed: Option<OwnedRwLockReadGuard<()>>,
+}
+
+impl NewContents {
+    /// Call this when their rows are written.
+    pub(super) fn written(mut self) {
+        self.sqlite = None;
+    }
+}
+
+impl Drop for NewContents {
+    fn drop(&mut self) {
+        if let Some(sqlite) = &self.sqlite {
+            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -39,7 +57,7 @@ pub(super) enum ContentBytes {
 
 impl Catalog {
     /// Appends contents to a segment, where the database has those. They are on the disk when this returns.
-    /// The caller keeps the result until their rows are written: until then no segment is deleted.
+    /// The caller keeps the result until their rows are written: a compaction waits for that.
     ///
     /// # Errors
     /// An error of the disk.
@@ -50,7 +68,7 @@ impl Catalog {
         let (blobs, bytes): (Vec<BlobId>, Vec<Bytes>) = contents.into_iter().unzip();
         let mut unnamed = None;
         let stored: Vec<ContentBytes> = match self.segments() {
-            // Nothing waits for a segment that is being deleted then.
+            // Nothing waits for a compaction then.
             _ if bytes.is_empty() => Vec::new(),
             None => bytes.into_iter().map(ContentBytes::InRow).collect(),
             Some(segments) => {
@@ -61,6 +79,7 @@ impl Catalog {
         };
         let stored = blobs.into_iter().zip(stored);
         Ok(NewContents {
+            sqlite: unnamed.as_ref().and(self.sqlite.clone()),
             rows: stored
                 .map(|(blob, bytes)| ContentRow { blob, bytes })
                 .collect(),

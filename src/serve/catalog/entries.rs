@@ -7,7 +7,7 @@ use crate::cache_protocol::parts::Part;
 use crate::cache_protocol::store::{Entry, KEY_LIMIT, Query, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
-use crate::serve::catalog::garbage::{Discarded, discard_entry};
+use crate::serve::catalog::garbage::discard_entry;
 use crate::serve::catalog::rows::{
     decode_parts, entry_name, in_steps, milliseconds, number, placeholders, timestamp, unsigned,
 };
@@ -83,7 +83,7 @@ impl Catalog {
     pub async fn remove_entry(&self, entry: EntryId, now: Timestamp) -> Result<bool, StoreError> {
         let mut writer = self.writer().await?;
         let mut transaction = writer.begin().await?;
-        let mut discarded = Discarded::at(now);
+        let mut discarded = self.discarding(now);
         let row = sqlx::query("DELETE FROM entries WHERE id = $1 RETURNING size, parts")
             .bind(number(entry))
             .fetch_optional(&mut *transaction)

@@ -5,7 +5,7 @@ use sqlx::Row;
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
-use crate::serve::catalog::garbage::{Discarded, discard_entry};
+use crate::serve::catalog::garbage::discard_entry;
 use crate::serve::catalog::rows::{milliseconds, number, unsigned};
 
 /// The storage that an entry takes: its blobs, each once.
@@ -18,8 +18,6 @@ pub struct Removed {
     pub count: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// How many of these are free on the disk already.
-    pub freed: u64,
 }
 
 impl Catalog {
@@ -32,7 +30,7 @@ impl Catalog {
         loop {
             let mut writer = self.writer().await?;
             let mut transaction = writer.begin().await?;
-            let mut discarded = Discarded::at(now);
+            let mut discarded = self.discarding(now);
             let rows = sqlx::query(
                 "DELETE FROM entries WHERE id IN \
                  (SELECT id FROM entries WHERE used < $1 ORDER BY used, id LIMIT $2) \
@@ -48,7 +46,7 @@ impl Catalog {
             }
             transaction.commit().await?;
             drop(writer);
-            swept.freed += self.free(discarded).await;
+            self.free(discarded).await;
             if rows.is_empty() {
                 return Ok(swept);
             }
@@ -92,7 +90,7 @@ impl Catalog {
         while swept.bytes < bytes {
             let mut writer = self.writer().await?;
             let mut transaction = writer.begin().await?;
-            let mut discarded = Discarded::at(now);
+            let mut discarded = self.discarding(now);
             let oldest = sqlx::query(sqlx::AssertSqlSafe(oldest.clone()))
                 .bind(repository)
                 .bind(self.sweep_rows())
@@ -119,7 +117,7 @@ impl Catalog {
             }
             transaction.commit().await?;
             drop(writer);
-            swept.freed += self.free(discarded).await;
+            self.free(discarded).await;
         }
         Ok(swept)
     }

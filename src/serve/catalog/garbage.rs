@@ -1,5 +1,6 @@
 //! Blobs that nothing names any more: they become garbage, and are forgotten once deleted.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use sqlx::any::AnyRow;
@@ -8,10 +9,10 @@ use sqlx::{Any, Row, Transaction};
 use crate::cache_protocol::ids::{BlobId, UploadId};
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
-use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::{blocking, stored_location};
 use crate::serve::catalog::rows::{decode_parts, is_inside, milliseconds, number, unsigned};
 use crate::serve::catalog::segments::ContentLocation;
+use crate::serve::catalog::{Catalog, SqliteState};
 
 /// What a transaction discards.
 #[derive(Debug)]
@@ -20,13 +21,15 @@ pub(super) struct Discarded {
     /// Where contents are whose rows it deletes. Their room is given back once it is committed, see
     /// [`Catalog::free`].
     contents: Vec<ContentLocation>,
+    sqlite: Option<Arc<SqliteState>>,
 }
 
 impl Discarded {
-    pub(super) fn at(now: Timestamp) -> Self {
-        Self {
-            now,
-            contents: Vec::new(),
+    fn content_at(&mut self, location: Option<ContentLocation>) {
+        self.contents.extend(location);
+        // Already here, since the request may be gone when the transaction ends.
+        if let (Some(_), Some(sqlite)) = (location, &self.sqlite) {
+            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -65,23 +68,27 @@ impl Catalog {
         Ok(())
     }
 
-    /// Gives the room of discarded contents back to the disk, where the file system can do that. Call this
-    /// when the transaction is committed. Returns how many bytes are free now.
-    pub(super) async fn free(&self, discarded: Discarded) -> u64 {
-        let Some(sqlite) = &self.sqlite else {
-            return 0;
-        };
-        let contents = discarded.contents;
-        if contents.is_empty() {
-            return 0;
+    /// Begins to discard at `now`.
+    pub(super) fn discarding(&self, now: Timestamp) -> Discarded {
+        Discarded {
+            now,
+            contents: Vec::new(),
+            sqlite: self.sqlite.clone(),
         }
-        sqlite.has_new_garbage.store(true, Ordering::Relaxed);
-        let freed = blocking(
-            &sqlite.segments,
-            move |segments| Ok(segments.free(contents)),
-        );
-        // If it fails, a compaction does it.
-        freed.await.unwrap_or(0)
+    }
+
+    /// Gives the room of discarded contents back to the disk, where the file system can do that. Call this
+    /// when the transaction is committed.
+    pub(super) async fn free(&self, discarded: Discarded) {
+        let contents = discarded.contents;
+        if let Some(segments) = self.segments().filter(|_| !contents.is_empty()) {
+            let freed = blocking(segments, move |segments| {
+                segments.free(contents);
+                Ok(())
+            });
+            // If it fails, a compaction does it.
+            let _ = freed.await;
+        }
     }
 }
 
@@ -114,7 +121,7 @@ pub(super) async fn discard_blob(
         .fetch_optional(&mut **transaction)
         .await?;
     if let Some(row) = row {
-        discarded.contents.extend(stored_location(&row)?);
+        discarded.content_at(stored_location(&row)?);
     }
     Ok(())
 }

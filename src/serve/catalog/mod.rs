@@ -167,7 +167,8 @@ impl Catalog {
             }
             before = free;
             connection.execute(GIVE_BACK).await?;
-            connection.execute(BEGIN_LOG_AGAIN).await?;
+            // If it fails, there may be room for the next step even so.
+            let _ = connection.execute(BEGIN_LOG_AGAIN).await;
         }
     }
 
@@ -249,6 +250,11 @@ impl Catalog {
         } else {
             SWEEP_ROWS
         }
+    }
+
+    /// Whether the room of a discarded small content is free at once.
+    pub fn frees_at_once(&self) -> bool {
+        self.segments().is_some_and(|segments| segments.can_free())
     }
 
     fn segments(&self) -> Option<&Arc<Segments>> {

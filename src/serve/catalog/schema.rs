@@ -108,12 +108,12 @@ impl Catalog {
             let has_no_contents = matches!(&*version, "1" | "2");
             self.drop_setting("schema").await?;
             version = self.setting("schema", SCHEMA).await?;
-            if self.sqlite.is_some()
-                && has_no_contents
-                // This allows giving free pages back to the disk.
-                && let Err(error) = self.write.execute("VACUUM").await
-            {
-                warn!(%error, "cannot shrink the database");
+            if self.sqlite.is_some() && has_no_contents {
+                // This allows giving free pages back to the disk, from then on.
+                let vacuum = "PRAGMA auto_vacuum = INCREMENTAL; VACUUM";
+                if let Err(error) = self.write.acquire().await?.execute(vacuum).await {
+                    warn!(%error, "cannot shrink the database");
+                }
             }
         }
         if version != SCHEMA {

@@ -55,6 +55,8 @@ pub(super) struct FullSegment {
 #[derive(Debug)]
 pub(super) struct Segments {
     folder: PathBuf,
+    /// Whether holes in its files give their room back.
+    can_free: bool,
     appended: Mutex<Appended>,
     open: Cache<u64, Arc<File>>,
     /// Read-locked by each holder of contents that no row names yet.
@@ -95,6 +97,7 @@ impl Segments {
         private_files::keep_name(folder)?;
         let segments = Self {
             folder: folder.to_owned(),
+            can_free: can_free(folder),
             appended: Mutex::default(),
             open: Cache::new(OPEN_FILES),
             unnamed: Arc::default(),
@@ -104,8 +107,8 @@ impl Segments {
         Ok(segments)
     }
 
-    /// Take this before contents are appended, and keep it until their rows are written: until then no
-    /// segment is deleted.
+    /// Take this before contents are appended, and keep it until their rows are written: a compaction waits
+    /// for that before it looks for dead segments.
     pub(super) async fn unnamed(&self) -> OwnedRwLockReadGuard<()> {
         self.unnamed.clone().read_owned().await
     }
@@ -227,28 +230,29 @@ impl Segments {
         Ok(full)
     }
 
-    /// Gives the room of dead contents back to the disk, as far as the file system can do that. Returns how
-    /// many bytes are free now.
-    pub(super) fn free(&self, mut contents: Vec<ContentLocation>) -> u64 {
+    /// Whether [`free`](Self::free) does something.
+    pub(super) fn can_free(&self) -> bool {
+        self.can_free
+    }
+
+    /// Gives the room of dead contents back to the disk, where the file system can do that.
+    pub(super) fn free(&self, mut contents: Vec<ContentLocation>) {
+        if !self.can_free {
+            return;
+        }
         // The row may be damaged.
         contents.retain(|content| content.length <= SEGMENT_SIZE);
         contents.sort_by_key(|content| (content.segment, content.start));
         let neighbours = contents.chunk_by(|one, next| {
             one.segment == next.segment && one.start.saturating_add(one.length) == next.start
         });
-        let mut freed = 0;
         for dead in neighbours {
             let length = dead.iter().map(|content| content.length).sum();
-            let Some(first) = dead.first() else { continue };
-            match self.punch(first.segment, first.start, length) {
-                Ok(()) => freed += whole_blocks(first.start, length),
-                // The others would fail as well.
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => break,
-                // A compaction does it.
-                Err(_) => {}
+            if let Some(first) = dead.first() {
+                // If it fails, a compaction does it.
+                let _ = self.punch(first.segment, first.start, length);
             }
         }
-        freed
     }
 
     #[cfg(target_os = "linux")]
@@ -306,11 +310,27 @@ impl Segments {
                 && number <= LAST
                 && name == segment_name(number).as_str()
             {
-                let taken = taken(&file.metadata()?);
+                let taken = self.taken(&file.metadata()?);
                 segments.push(FullSegment { number, taken });
             }
         }
         Ok(segments)
+    }
+
+    /// What a file takes of the disk, in bytes: less than its length if it has holes. Some file systems keep
+    /// more ready for it for a while, which does not count.
+    #[cfg(target_os = "linux")]
+    fn taken(&self, metadata: &fs::Metadata) -> u64 {
+        let blocks = std::os::unix::fs::MetadataExt::blocks(metadata);
+        match self.can_free {
+            true => metadata.len().min(blocks.saturating_mul(512)),
+            false => metadata.len(),
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn taken(&self, metadata: &fs::Metadata) -> u64 {
+        metadata.len()
     }
 
     fn path(&self, number: u64) -> PathBuf {
@@ -338,30 +358,22 @@ fn append_one(appended: &mut Appended, content: &[u8]) -> io::Result<ContentLoca
 /// The highest number of a file that counts as a segment. No service gets there.
 const LAST: u64 = 1 << 48;
 
-/// The usual block of a file system, in bytes. It frees whole ones only.
-const BLOCK: u64 = 4096;
-
-/// The bytes of the blocks that lie as a whole within the `length` bytes from `start`.
-fn whole_blocks(start: u64, length: u64) -> u64 {
-    let end = start.saturating_add(length) / BLOCK;
-    end.saturating_sub(start.div_ceil(BLOCK)) * BLOCK
-}
-
 fn segment_name(number: u64) -> String {
     format!("{number:010}{SUFFIX}")
 }
 
-/// What a file takes of the disk, in bytes: less than its length if it has holes. Some file systems keep more
-/// ready for it for a while, which does not count.
-#[cfg(unix)]
-fn taken(metadata: &fs::Metadata) -> u64 {
-    let blocks = std::os::unix::fs::MetadataExt::blocks(metadata);
-    metadata.len().min(blocks.saturating_mul(512))
+/// Whether a hole in a file of `folder` gives its room back. Btrfs and ZFS keep the room until all that was
+/// written with it is gone, and tell that it is free.
+#[cfg(target_os = "linux")]
+fn can_free(folder: &Path) -> bool {
+    /// The numbers of ext4, XFS and tmpfs (`linux/magic.h`).
+    const KINDS: [u64; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
+    rustix::fs::statfs(folder).is_ok_and(|found| KINDS.contains(&(found.f_type as u64)))
 }
 
-#[cfg(not(unix))]
-fn taken(metadata: &fs::Metadata) -> u64 {
-    metadata.len()
+#[cfg(not(target_os = "linux"))]
+fn can_free(_folder: &Path) -> bool {
+    false
 }
 
 impl Appended {
@@ -502,17 +514,14 @@ mod tests {
             .filter(is_dead)
             .map(|number| located[number])
             .collect();
-        let freed = segments.free(dead.into_iter().rev().collect());
-        assert!(
-            freed > 90 * 20_000 && freed <= 100 * 20_000,
-            "{freed} of {before}"
-        );
-        let taken = segments.full().unwrap()[0].taken;
-        // It was not a whole number of blocks before.
-        assert!(
-            taken < before - freed + 2 * BLOCK,
-            "{before} {freed} {taken}"
-        );
+        if !segments.can_free() {
+            eprintln!("skipped: this file system frees no part of a file");
+            return;
+        }
+        segments.free(dead.into_iter().rev().collect());
+        let freed = before - segments.full().unwrap()[0].taken;
+        // A file system frees whole blocks.
+        assert!(freed > 90 * 20_000 && freed <= 101 * 20_000, "{freed}");
         for number in numbers().filter(|number| !is_dead(number)) {
             assert_eq!(segments.read(located[number]).unwrap(), contents[number]);
         }

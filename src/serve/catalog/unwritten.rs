@@ -69,9 +69,17 @@ impl Catalog {
             let locations = sqlite.segments.append(&contents)?;
             let _turn = sqlite.turn.blocking_lock();
             if sqlite.has_little_room.load(Ordering::Relaxed) {
-                sqlite.batch_writer.begin_log_again()?;
+                sqlite.batch_writer.begin_log_again();
             }
-            sqlite.batch_writer.commit(&commits, locations)
+            let committed = sqlite.batch_writer.commit(&commits, locations);
+            let all = committed
+                .as_ref()
+                .map(|done| done.iter().all(Result::is_ok));
+            if !all.unwrap_or(false) {
+                // Contents without rows.
+                sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+            }
+            committed
         });
         done.await.map_err(|error| sqlx::Error::Io(error.into()))?
     }
@@ -118,12 +126,11 @@ impl BatchWriter {
         Ok(committed)
     }
 
-    fn begin_log_again(&self) -> Result<(), sqlx::Error> {
-        let connection = self.lock();
-        let connection = connection.as_ref().ok_or(sqlx::Error::PoolClosed)?;
-        connection
-            .query_row(BEGIN_LOG_AGAIN, [], |_| Ok(()))
-            .map_err(told)
+    fn begin_log_again(&self) {
+        if let Some(connection) = &*self.lock() {
+            // If it fails, there may be room for the next transaction even so.
+            let _ = connection.query_row(BEGIN_LOG_AGAIN, [], |_| Ok(()));
+        }
     }
 
     /// Closes the connection.

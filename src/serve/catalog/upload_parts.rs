@@ -11,7 +11,7 @@ use crate::clock::Timestamp;
 use crate::serve::blob_store::WrittenBlob;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::insert_contents;
-use crate::serve::catalog::garbage::{Discarded, discard_part, mark_garbage};
+use crate::serve::catalog::garbage::{discard_part, mark_garbage};
 use crate::serve::catalog::rows::{encode, milliseconds, number, received, unsigned};
 
 /// A part that is about to be written.
@@ -163,6 +163,7 @@ impl Catalog {
         insert_contents(&mut transaction, &content).await?;
         if part.replaces == Replaces::Nothing {
             transaction.commit().await?;
+            content.written();
             return Ok(0);
         }
         let older = match part.replaces {
@@ -182,13 +183,14 @@ impl Catalog {
             .fetch_all(&mut *transaction)
             .await?;
         let mut replaced = 0;
-        let mut discarded = Discarded::at(now);
+        let mut discarded = self.discarding(now);
         for row in older {
             let size: Option<i64> = row.try_get("size")?;
             replaced += size.map_or(0, |size| u64::try_from(size).unwrap_or(0));
             discard_part(&mut transaction, &row, &mut discarded).await?;
         }
         transaction.commit().await?;
+        content.written();
         drop(connection);
         self.free(discarded).await;
         Ok(replaced)

@@ -7,7 +7,7 @@ use crate::cache_protocol::store::{EntryName, StoreError};
 use crate::clock::Timestamp;
 use crate::serve::catalog::Catalog;
 use crate::serve::catalog::contents::insert_contents;
-use crate::serve::catalog::garbage::{Discarded, discard_part, discard_parts_of};
+use crate::serve::catalog::garbage::{discard_part, discard_parts_of};
 use crate::serve::catalog::rows::{entry_name, in_steps, milliseconds, number, unsigned};
 use crate::serve::catalog::upload_parts::SmallPart;
 
@@ -66,7 +66,7 @@ impl Catalog {
         let Some(given_up) = given_up else {
             return Err(StoreError::AlreadyExists);
         };
-        let mut discarded = Discarded::at(now);
+        let mut discarded = self.discarding(now);
         let given_up = UploadId(unsigned(&given_up, "id")?);
         discard_parts_of(&mut transaction, given_up, &mut discarded).await?;
         let upload = insert_upload(&mut *transaction, name, now)
@@ -229,6 +229,7 @@ impl Catalog {
         }
         insert_contents(&mut transaction, &contents).await?;
         transaction.commit().await?;
+        contents.written();
         Ok(())
     }
 
@@ -238,7 +239,7 @@ impl Catalog {
     /// An error of the database.
     pub async fn abandon(&self, abandoned: Timestamp, now: Timestamp) -> Result<u64, StoreError> {
         let mut count = 0;
-        let mut discarded = Discarded::at(now);
+        let mut discarded = self.discarding(now);
         let mut writer = self.writer().await?;
         let mut transaction = writer.begin().await?;
         let uploads = sqlx::query(

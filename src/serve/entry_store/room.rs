@@ -75,8 +75,10 @@ impl EntryStore {
         let when = Instant::now();
         match error {
             Some(error) if reserved_space::is_full(error) => {
-                self.make_room(when).await;
-                true
+                let store = self.clone();
+                // Its request may be cancelled, and must not leave it half way.
+                let made = tokio::spawn(async move { store.make_room(when).await });
+                made.await.is_ok()
             }
             _ => false,
         }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::cache_protocol::store::StoreError;
 use crate::clock::Timestamp;
@@ -96,10 +96,7 @@ impl EntryStore {
         } = &*self.inner;
         let mut sweep = SweepReport::default();
         if urgency == Urgency::Full {
-            // This comes before any write, since there may be no room for one.
-            catalog.compact(Compaction::DEAD).await?;
-            sweep.deleted = self.delete_garbage(Timestamp::MAX).await?;
-            sweep.evicted = self.make_first_room().await?;
+            sweep.evicted = self.make_first_room(&mut sweep.deleted).await?;
         }
         self.inner.received.store(0, Ordering::Relaxed);
         // Recently used entries must not go first.
@@ -133,26 +130,42 @@ impl EntryStore {
             enough: u64::MAX,
         };
         catalog.compact(compaction).await?;
+        if urgency == Urgency::Full {
+            catalog.give_back().await?;
+        }
         Ok(sweep)
     }
 
-    /// Makes some room on a full disk, with as little as there is. Returns how many entries it evicted.
-    async fn make_first_room(&self) -> Result<u64, StoreError> {
+    /// Makes some room on a full disk, with as little as there is. Returns how many entries it evicted, and
+    /// counts `deleted` blobs.
+    async fn make_first_room(&self, deleted: &mut u64) -> Result<u64, StoreError> {
         let catalog = &self.inner.catalog;
         let _little_room = catalog.with_little_room();
+        // This comes before any write, since there may be no room for one. If it fails, evicting may do even
+        // so.
+        if let Err(error) = catalog.compact(Compaction::DEAD).await {
+            warn!(cause = error.cause(), "cannot delete what is dead");
+        }
+        match self.delete_garbage(Timestamp::MAX).await {
+            Ok(garbage) => *deleted += garbage,
+            Err(error) => warn!(cause = error.cause(), "cannot delete garbage"),
+        }
+        // Recently used entries must not go first.
+        self.record_uses().await;
         let now = self.moments().now;
         let sizes = catalog.repositories().await?;
         let evicted = self.evict_bytes(&sizes, FIRST_ROOM, now).await;
         self.invalidate_lookups_after(&evicted.as_ref().map(|evicted| evicted.count));
         let evicted = evicted?;
-        self.delete_garbage(Timestamp::MAX).await?;
+        *deleted += self.delete_garbage(Timestamp::MAX).await?;
         catalog.give_back().await?;
-        // Where the file system frees no room within files.
-        let compaction = Compaction {
-            dead_percent: 1,
-            enough: FIRST_ROOM.saturating_sub(evicted.freed),
-        };
-        catalog.compact(compaction).await?;
+        if !catalog.frees_at_once() {
+            let compaction = Compaction {
+                dead_percent: 1,
+                enough: FIRST_ROOM,
+            };
+            catalog.compact(compaction).await?;
+        }
         Ok(evicted.count)
     }
 
@@ -196,7 +209,9 @@ impl EntryStore {
             _ => 0,
         };
         if urgency == Urgency::Full {
-            too_much = too_much.max((all / EVICT_AHEAD).saturating_sub(FIRST_ROOM));
+            // The first room is a part of it.
+            let first = all.saturating_add(FIRST_ROOM) / EVICT_AHEAD;
+            too_much = too_much.max(first.saturating_sub(FIRST_ROOM));
         }
         if too_much == 0 {
             return Ok(evicted);
@@ -217,7 +232,6 @@ impl EntryStore {
             let more = self.inner.catalog.evict(&repository, bytes, now).await?;
             removed.count += more.count;
             removed.bytes += more.bytes;
-            removed.freed += more.freed;
         }
         Ok(removed)
     }
