@@ -1354,4 +1354,12 @@ async fn a_disk_that_fills_up_makes_room_by_entries_and_takes_the_next_upload() 
     cache_again.look_up(&["next"]).await.expect(200);
     // An entry takes the room that evicting freed, though the others' file is still there.
     cache_again.save("after", noise(1_000_000)).await;
+    served.kill();
+    // Not a byte is left, and no reserve: it starts, and makes room by its entries.
+    fs::remove_file(disk.0.path().join("reserve")).unwrap();
+    while std::io::Write::write_all(&mut other, &noise(4096)).is_ok() {}
+    let served = Served::start(disk.0.path(), &["--max-size", "10MiB"]);
+    served.wait_for_log("the disk was full");
+    let again = self::target(&served, &served.token);
+    again.cache().save("at last", noise(100_000)).await;
 }

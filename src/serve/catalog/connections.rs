@@ -18,6 +18,7 @@ use crate::serve::catalog::schema::{Dialect, prepare, schema};
 use crate::serve::catalog::segments::Segments;
 use crate::serve::catalog::unwritten::BatchWriter;
 use crate::serve::catalog::{Catalog, SqliteState};
+use crate::serve::reserved_space::is_full;
 
 /// How long a request waits for a connection to the database.
 const CONNECTION_WAIT: Duration = Duration::from_secs(30);
@@ -74,10 +75,16 @@ impl Catalog {
         let pragmas = pragmas();
         // A pool would try again and again, and say nothing of why.
         let mut connection = AnyConnection::connect(&url).await?;
-        // This allows giving free pages back to the disk. It writes to the file, so the connections that
-        // are opened on a full disk do without it.
-        let first = format!("PRAGMA auto_vacuum = INCREMENTAL; {pragmas}");
-        connection.execute(sqlx::AssertSqlSafe(first)).await?;
+        // This allows giving free pages back to the disk. It writes to the file, which a new one needs, and
+        // for which a full disk may have no room.
+        match connection.execute("PRAGMA auto_vacuum = INCREMENTAL").await {
+            Err(error) if is_full(&error) => {}
+            set => {
+                set?;
+            }
+        }
+        let settings = sqlx::AssertSqlSafe(pragmas.clone());
+        connection.execute(settings).await?;
         let open = |connections, pragmas: &str| {
             let pragmas = pragmas.to_owned();
             options()
@@ -223,7 +230,6 @@ mod tests {
     use crate::cache_protocol::store::{EntryName, StoreError};
     use crate::clock::Timestamp;
     use crate::serve::catalog::{Commit, Moments, Unwritten};
-    use crate::serve::reserved_space::is_full;
 
     fn upload(number: u64, key: &str) -> Unwritten {
         Unwritten {
