@@ -13,7 +13,7 @@ use crate::cache_protocol::store::StoreError;
 use crate::serve::catalog::contents::{blocking, stored_location};
 use crate::serve::catalog::rows::{number, placeholders, unsigned};
 use crate::serve::catalog::segments::{ContentLocation, FullSegment, Segments};
-use crate::serve::catalog::{Catalog, SqliteState};
+use crate::serve::catalog::{Catalog, GarbageLeft};
 use crate::serve::reserved_space::is_full;
 
 /// How many contents move in one transaction. Commits wait meanwhile.
@@ -57,11 +57,12 @@ impl Catalog {
         if !sqlite.has_new_garbage.swap(false, Ordering::Relaxed) {
             return Ok(0);
         }
-        let mut left = GarbageLeft(Some(sqlite.clone()));
+        // Also if this is cancelled.
+        let left = GarbageLeft::of(sqlite.clone());
         let freed = self.compact_segments(segments, compaction).await?;
         // One that may end early leaves some.
         if compaction.enough == u64::MAX {
-            left.0 = None;
+            left.forget();
         }
         Ok(freed)
     }
@@ -206,17 +207,6 @@ impl Catalog {
         }
         transaction.commit().await?;
         Ok(count)
-    }
-}
-
-/// A compaction that does not do all. The next one has something to do, also if this one is cancelled.
-struct GarbageLeft(Option<Arc<SqliteState>>);
-
-impl Drop for GarbageLeft {
-    fn drop(&mut self) {
-        if let Some(sqlite) = &self.0 {
-            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
-        }
     }
 }
 

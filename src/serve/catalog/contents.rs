@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use sqlx::any::AnyRow;
@@ -13,7 +12,7 @@ use crate::cache_protocol::azure_blob::is_missing;
 use crate::cache_protocol::ids::BlobId;
 use crate::serve::catalog::rows::{in_steps, number, placeholders, unsigned};
 use crate::serve::catalog::segments::{ContentLocation, Segments};
-use crate::serve::catalog::{Catalog, SqliteState};
+use crate::serve::catalog::{Catalog, GarbageLeft};
 
 /// How often a content is looked for: it may move to another segment after its row was read.
 pub(super) const ATTEMPTS: usize = 3;
@@ -23,21 +22,15 @@ pub(super) const ATTEMPTS: usize = 3;
 pub(super) struct NewContents {
     rows: Vec<ContentRow>,
     /// In a segment they are dead unless their rows are written.
-    sqlite: Option<Arc<SqliteState>>,
+    dead: Option<GarbageLeft>,
     _unnamed: Option<OwnedRwLockReadGuard<()>>,
 }
 
 impl NewContents {
     /// Call this when their rows are written.
-    pub(super) fn written(mut self) {
-        self.sqlite = None;
-    }
-}
-
-impl Drop for NewContents {
-    fn drop(&mut self) {
-        if let Some(sqlite) = &self.sqlite {
-            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+    pub(super) fn written(self) {
+        if let Some(dead) = self.dead {
+            dead.forget();
         }
     }
 }
@@ -79,7 +72,10 @@ impl Catalog {
         };
         let stored = blobs.into_iter().zip(stored);
         Ok(NewContents {
-            sqlite: unnamed.as_ref().and(self.sqlite.clone()),
+            dead: unnamed
+                .as_ref()
+                .and(self.sqlite.clone())
+                .map(GarbageLeft::of),
             rows: stored
                 .map(|(blob, bytes)| ContentRow { blob, bytes })
                 .collect(),

@@ -93,10 +93,33 @@ struct SqliteState {
     in_place: InPlaceReader,
     batch_writer: BatchWriter,
     segments: Arc<Segments>,
-    /// Whether small contents were discarded since the last compaction.
+    /// Whether the segments may have dead bytes that the last compaction did not see.
     has_new_garbage: AtomicBool,
     /// Whether the disk is full.
     has_little_room: AtomicBool,
+}
+
+/// Tells the next compaction when it is dropped that it has something to do, unless one calls
+/// [`forget`](Self::forget).
+#[derive(Debug)]
+struct GarbageLeft(Option<Arc<SqliteState>>);
+
+impl GarbageLeft {
+    fn of(sqlite: Arc<SqliteState>) -> Self {
+        Self(Some(sqlite))
+    }
+
+    fn forget(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for GarbageLeft {
+    fn drop(&mut self) {
+        if let Some(sqlite) = &self.0 {
+            sqlite.has_new_garbage.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// As long as this exists, the catalog writes as on a full disk.
